@@ -19,7 +19,7 @@ torch.set_num_threads(1)
 def _seeded() -> None:
     """Makes a test independent of the tests before it and of the worker it runs on."""
     random.seed(0)
-    np.random.seed(0)  # noqa: NPY002 - scikit-learn and samplers of users draw from the global state
+    np.random.seed(0)
     torch.manual_seed(0)
 
 
