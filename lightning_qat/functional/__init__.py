@@ -1,0 +1,32 @@
+"""Pure functions on tensors: rounding, fake quantization, scale search, Hadamard rotation."""
+
+from lightning_qat.functional.fake_quantize import (
+    dequantize,
+    fake_quantize,
+    finish_scale,
+    lsq_scale_gradient,
+    positive_scale,
+    quantize,
+)
+from lightning_qat.functional.gradients import elementwise_scaling, staircase_slope, staircase_temperature_slope
+from lightning_qat.functional.hadamard import hadamard_rotate, hadamard_unrotate, random_signs, walsh_hadamard
+from lightning_qat.functional.rounding import round_binary, round_ternary, round_uniform
+
+__all__ = [
+    "dequantize",
+    "elementwise_scaling",
+    "fake_quantize",
+    "finish_scale",
+    "hadamard_rotate",
+    "hadamard_unrotate",
+    "lsq_scale_gradient",
+    "positive_scale",
+    "quantize",
+    "random_signs",
+    "round_binary",
+    "round_ternary",
+    "round_uniform",
+    "staircase_slope",
+    "staircase_temperature_slope",
+    "walsh_hadamard",
+]

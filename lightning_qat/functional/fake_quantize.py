@@ -1,0 +1,229 @@
+"""The one place that computes codes and fake-quantized values, and their gradients."""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+SCALE_FLOOR = 2.0**-100
+"""Smallest scale ever used in float32; far below any useful value, far above the subnormals."""
+
+
+class Rounding(Protocol):
+    """What fake quantization needs to know of a grid: how to round, and where the level borders are."""
+
+    @property
+    def half_cell(self) -> float:
+        """Half the distance between neighboring levels, in units of the scale."""
+
+    def round(self, u: Tensor) -> Tensor:
+        """Return the nearest level of the unbounded grid, as a fresh tensor."""
+
+    def border_distance(self, u: Tensor) -> Tensor:
+        """Return the signed distance to the border of the cell that u lies in."""
+
+
+class GradientRule(Protocol):
+    """How the gradient passes the rounding."""
+
+    @property
+    def needs_input(self) -> bool:
+        """Whether backward reads the input; if not, nothing is kept for it."""
+
+    def input_gradient(self, grad: Tensor, point: "Point") -> Tensor:
+        """Return the gradient with respect to the latent value."""
+
+    def temperature_gradient(self, grad: Tensor, point: "Point") -> Tensor:
+        """Return the summands of the gradient with respect to the temperature."""
+
+
+class Point:
+    """What backward knows about the point it differentiates at (all tensors of the input's shape).
+
+    Args:
+        x: latent values.
+        u: :math:`x / s + z`, non-finite values replaced as in the forward.
+        q: level that u was mapped to.
+        step: the scale s.
+        lo: smallest level.
+        hi: largest level.
+        rounding: the grid.
+        temperature: learned temperature or None.
+    """
+
+    def __init__(
+        self, x: Tensor, u: Tensor, q: Tensor, step: Tensor, lo: Tensor, hi: Tensor, rounding: Rounding,
+        temperature: Tensor | None,
+    ) -> None:  # fmt: skip
+        self.x, self.u, self.q, self.step, self.lo, self.hi = x, u, q, step, lo, hi
+        self.rounding, self.temperature = rounding, temperature
+
+    def inside(self) -> Tensor:
+        """Return where u lies within the clip range lo..hi."""
+        return (self.u >= self.lo) & (self.u <= self.hi)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def _units(x: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    """Return x in units of the scale, NaN replaced by zero and infinities by the largest finite numbers."""
+    u = torch.nan_to_num_(_wide(x) / scale)
+    return u if zero_point is None else u.add_(zero_point)
+
+
+def quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, *, lo: Tensor | float, hi: Tensor | float, rounding: Rounding
+) -> Tensor:
+    r"""Return the levels :math:`q = clamp(round(x / s - o) + o + z, lo, hi)`, as floating point numbers.
+
+    Args:
+        x: latent values in any floating dtype; the arithmetic is float32, or float64 for float64 input.
+        scale: positive step s, broadcastable to x.
+        zero_point: integer z as floating point, broadcastable to x, or None for a symmetric grid.
+        lo: smallest level, in units of the scale.
+        hi: largest level, in units of the scale.
+        rounding: the grid's rounding; it holds the offset o.
+
+    Non-finite values are defined: NaN maps to the level nearest to zero, infinities to the outermost levels.
+
+    Source: ONNX QuantizeLinear (order of operations), arXiv:1712.05877 eq. 1.
+    """
+    u = rounding.round(torch.nan_to_num_(_wide(x) / scale))
+    if zero_point is not None:
+        u = u.add_(zero_point)
+    # clamp takes tensors or numbers, not one of each; bounds are tensors where bit widths change during a run
+    return u.clamp_(lo, hi)  # type: ignore[arg-type]
+
+
+def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    r"""Return :math:`(q - z) s`.
+
+    >>> dequantize(torch.tensor([-2.0, 1.0]), torch.tensor(0.5), None)
+    tensor([-1.0000,  0.5000])
+    """
+    return q * scale if zero_point is None else (q - zero_point) * scale
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """Exact forward; gradients by rule. Backward recomputes from the latent tensor, which is kept by reference."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, scale: Tensor, zero_point: Tensor | None, temperature: Tensor | None, lo: Tensor, hi: Tensor,
+        rounding: Rounding, rule: GradientRule, learned: bool,
+    ) -> Tensor:  # fmt: skip
+        q = quantize(x, scale, zero_point, lo=lo, hi=hi, rounding=rounding)
+        return dequantize(q, scale, zero_point).to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, scale, zero_point, temperature, lo, hi, rounding, rule, learned = inputs
+        ctx.rounding, ctx.rule, ctx.learned = rounding, rule, learned  # type: ignore[attr-defined]
+        if learned or rule.needs_input:
+            ctx.save_for_backward(x, scale, zero_point, temperature, lo, hi)
+        else:
+            ctx.save_for_backward()
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if not ctx.saved_tensors:
+            return (grad, *(None,) * 8)
+        x, scale, zero_point, temperature, lo, hi = ctx.saved_tensors
+        wide = _wide(grad)
+        q = quantize(x, scale, zero_point, lo=lo, hi=hi, rounding=ctx.rounding)
+        point = Point(_wide(x), _units(x, scale, zero_point), q, scale, lo, hi, ctx.rounding, temperature)
+        grad_x = grad_scale = grad_temperature = None
+        if ctx.needs_input_grad[0]:
+            grad_x = ctx.rule.input_gradient(wide, point)
+            if ctx.learned:
+                grad_x = torch.where(point.inside(), grad_x, 0.0)
+            grad_x = grad_x.to(x.dtype)
+        if ctx.needs_input_grad[1] and ctx.learned:
+            grad_scale = lsq_scale_gradient(wide, point, zero_point)
+        if ctx.needs_input_grad[3] and temperature is not None:
+            summands = ctx.rule.temperature_gradient(wide, point) * scale
+            grad_temperature = (summands.sum() / torch.sqrt(x.numel() * hi)).reshape(temperature.shape)
+        return (grad_x, grad_scale, None, grad_temperature, *(None,) * 5)
+
+
+def lsq_scale_gradient(grad: Tensor, point: Point, zero_point: Tensor | None) -> Tensor:
+    r"""Return the gradient of a learned scale, :math:`\sum g (q - u) / \sqrt{N hi}` inside the clip range.
+
+    Outside, the summand is :math:`g (q - z)`; N is the number of elements that share the scale.
+
+    Source: LSQ, arXiv:1902.08153 eq. 3 and section 2.2; with a zero point as in LSQ+, arXiv:2004.09576.
+    """
+    level = point.q if zero_point is None else point.q - zero_point
+    slope = torch.where(point.inside(), point.q - point.u, level)
+    total = (grad * slope).sum_to_size(point.step.shape)
+    return total / torch.sqrt(grad.numel() / point.step.numel() * point.hi)
+
+
+def fake_quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None = None, *, lo: Tensor, hi: Tensor, rounding: Rounding,
+    rule: GradientRule, learned: bool = False, temperature: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    r"""Fake-quantize: :math:`\hat x = (q - z) s` with q as in :func:`quantize`, in the dtype of x.
+
+    Args:
+        x: latent values, any floating dtype and shape that scale broadcasts to.
+        scale: positive step in float32, broadcastable to x.
+        zero_point: as in :func:`quantize`.
+        lo: smallest level, 0-dim tensor.
+        hi: largest level, 0-dim tensor.
+        rounding: the grid.
+        rule: how the gradient passes the rounding.
+        learned: whether scale takes the LSQ gradient; the clip mask then applies to the gradient of x, too.
+        temperature: parameter of a rule that learns one, shape [1].
+    """
+    return _FakeQuantize.apply(x, scale, zero_point, temperature, lo, hi, rounding, rule, learned)  # type: ignore[no-any-return]
+
+
+class _PositiveScale(torch.autograd.Function):
+    """max(|s|, floor), rounded to a storage dtype; the gradient stays alive at the floor."""
+
+    @staticmethod
+    def forward(scale: Tensor, dtype: torch.dtype) -> Tensor:
+        return finish_scale(scale.abs(), dtype)
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0])
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
+        (scale,) = ctx.saved_tensors
+        return torch.where(scale < 0, -grad, grad), None
+
+
+def finish_scale(scale: Tensor, dtype: torch.dtype = torch.float32, *, largest: float = 2.0**118) -> Tensor:
+    """Make a scale positive and finite, and round it to the dtype it will be stored in; returned in float32 or wider.
+
+    Args:
+        scale: non-negative, possibly zero, NaN (becomes the floor) or infinite (becomes ``largest``).
+        dtype: storage dtype of the scale; the result is representable in it.
+        largest: upper bound, so that the largest level times the scale stays finite.
+
+    >>> finish_scale(torch.tensor([0.0, float("inf"), 0.1]), torch.float16)
+    tensor([6.1035e-05, 6.5504e+04, 9.9976e-02])
+    """
+    info = torch.finfo(dtype)
+    floor = max(SCALE_FLOOR, info.smallest_normal)
+    scale = torch.nan_to_num(scale, nan=floor).clamp(floor, min(largest, info.max))
+    return scale if dtype in (torch.float32, torch.float64) else scale.to(dtype).float()
+
+
+def positive_scale(scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    r"""Return :math:`max(|s|, floor)` of a learned scale, rounded to ``dtype``, with a gradient that never dies.
+
+    The absolute value reflects a scale that a large step would carry past zero.
+
+    >>> positive_scale(torch.tensor([-0.5, 0.25]))
+    tensor([0.5000, 0.2500])
+    """
+    return _PositiveScale.apply(scale, dtype)  # type: ignore[no-any-return]

@@ -1,0 +1,59 @@
+"""Gradients of rounding: what backward does where the true derivative is zero almost everywhere."""
+
+import torch
+from torch import Tensor
+
+
+def elementwise_scaling(grad: Tensor, u: Tensor, q: Tensor, lo: Tensor, hi: Tensor, delta: float) -> Tensor:
+    r"""Return :math:`g (1 + \delta\, sign(g) (u - q) / (hi - lo))` inside lo..hi, else 0.
+
+    Args:
+        grad: gradient g with respect to the quantized value.
+        u: latent value in units of the scale.
+        q: level it was mapped to.
+        lo: smallest level.
+        hi: largest level.
+        delta: strength, non-negative; 0 is the clipped straight-through estimator.
+
+    Source: EWGS, arXiv:2104.00903 eq. 5; the difference is taken on the grid normalized to [0, 1], as in its code.
+
+    >>> one = torch.tensor(1.0)
+    >>> elementwise_scaling(one, 0.25 * one, 0 * one, -one, one, delta=0.8)
+    tensor(1.1000)
+    """
+    scaled = grad * (1 + delta * torch.sign(grad) * (u - q) / (hi - lo))
+    return torch.where((u >= lo) & (u <= hi), scaled, 0.0)
+
+
+def staircase_slope(distance: Tensor, half_cell: float, temperature: Tensor | float) -> Tensor:
+    r"""Return the derivative of the smooth staircase :math:`h \tanh(d / t) / \tanh(h / t)` with respect to d.
+
+    Args:
+        distance: d, signed distance to the border between two levels, within -h..h, in units of the scale.
+        half_cell: h, half the distance between two levels.
+        temperature: t > 0; large is linear (slope 1), small is a hard step.
+
+    Source: DSQ, arXiv:1908.05033 eq. 3 with k = 1 / t.
+
+    >>> staircase_slope(torch.tensor(0.0), 0.5, 1.0)
+    tensor(1.0820)
+    """
+    k = 1.0 / torch.as_tensor(temperature, dtype=distance.dtype, device=distance.device)
+    return half_cell * k * (1 - torch.tanh(k * distance) ** 2) / torch.tanh(k * half_cell)
+
+
+def staircase_temperature_slope(distance: Tensor, half_cell: float, temperature: Tensor) -> Tensor:
+    r"""Return the derivative of the smooth staircase :math:`h \tanh(d / t) / \tanh(h / t)` with respect to t.
+
+    Args:
+        distance: as in :func:`staircase_slope`.
+        half_cell: as in :func:`staircase_slope`.
+        temperature: t > 0.
+
+    >>> staircase_temperature_slope(torch.tensor(0.5), 0.5, torch.tensor(1.0)).abs() < 1e-6
+    tensor(True)
+    """
+    k = 1.0 / temperature
+    top, bottom = torch.tanh(k * distance), torch.tanh(k * half_cell)
+    slope_k = (distance * (1 - top**2) * bottom - top * half_cell * (1 - bottom**2)) / bottom**2
+    return -half_cell * slope_k * k**2

@@ -1,0 +1,154 @@
+"""Gradients: what backward does with rounding."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor
+
+from lightning_qat.functional.fake_quantize import Point
+from lightning_qat.functional.gradients import elementwise_scaling, staircase_slope, staircase_temperature_slope
+
+
+class Gradient(ABC):
+    """How the gradient g with respect to the quantized value reaches the latent value."""
+
+    needs_input: bool = True
+    learned_temperature: ClassVar[bool] = False
+
+    @abstractmethod
+    def input_gradient(self, grad: Tensor, point: Point) -> Tensor:
+        """Return the gradient with respect to the latent value."""
+
+    def temperature_gradient(self, grad: Tensor, point: Point) -> Tensor:
+        """Return the summands of the temperature's gradient, in units of the scale."""
+        raise AssertionError(f"{self!r} has no temperature to learn")
+
+    @property
+    def label(self) -> str:
+        """Compact name used in logs."""
+        return type(self).__name__.lower()
+
+
+def _check_positive(owner: str, name: str, value: float, *, zero_allowed: bool = False) -> None:
+    if not (value >= 0 if zero_allowed else value > 0) or value == float("inf"):
+        kind = "finite and not negative" if zero_allowed else "positive and finite"
+        raise ValueError(f"{owner}: {name}={value} is not allowed; choose a value that is {kind}")
+
+
+@final
+@dataclass(frozen=True)
+class StraightThrough(Gradient):
+    """g everywhere. Source: arXiv:1308.3432."""
+
+    needs_input: ClassVar[bool] = False
+
+    def input_gradient(self, grad: Tensor, point: Point) -> Tensor:
+        return grad
+
+    @property
+    def label(self) -> str:
+        return "ste"
+
+
+@final
+@dataclass(frozen=True)
+class Clipped(Gradient):
+    """g inside the clip range lo..hi, or where \\|x\\| <= threshold if one is given; else 0.
+
+    Args:
+        threshold: bound in units of x, positive; None takes the grid's own clip range.
+
+    Source: arXiv:1602.02830 eq. 4 (threshold 1), arXiv:1902.08153 eq. 5 (clip range).
+    """
+
+    threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.threshold is not None:
+            _check_positive("Clipped", "threshold", self.threshold)
+
+    def input_gradient(self, grad: Tensor, point: Point) -> Tensor:
+        inside = point.inside() if self.threshold is None else point.x.abs() <= self.threshold
+        return torch.where(inside, grad, 0.0)
+
+
+@final
+@dataclass(frozen=True)
+class Soft(Gradient):
+    """g times the slope of a smooth staircase of tanh, inside lo..hi; else 0.
+
+    Args:
+        temperature: positive; large approaches :class:`Clipped`, small a hard step. The slope is above zero in float32
+            everywhere inside the range for temperatures of 0.012 and more (0.024 for ``Binary``).
+
+    Source: DSQ, arXiv:1908.05033 eq. 3-6 with k = 1 / temperature.
+    """
+
+    temperature: float = 0.5
+
+    def __post_init__(self) -> None:
+        _check_positive("Soft", "temperature", self.temperature)
+
+    def input_gradient(self, grad: Tensor, point: Point) -> Tensor:
+        distance = point.rounding.border_distance(point.u)
+        slope = staircase_slope(distance, point.rounding.half_cell, self.temperature)
+        return torch.where(point.inside(), grad * slope, 0.0)
+
+
+@final
+@dataclass(frozen=True)
+class LearnedSoft(Gradient):
+    r"""As :class:`Soft`, with a temperature that is a parameter.
+
+    The temperature's gradient is the derivative of the staircase, summed and divided by :math:`\sqrt{N hi}` as LSQ does
+    for scales (our choice: without it the step would depend on the size of the layer).
+
+    Args:
+        temperature: start value, positive.
+
+    Source: DSQ, arXiv:1908.05033 section 3.2.
+    """
+
+    temperature: float = 0.5
+    learned_temperature: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _check_positive("LearnedSoft", "temperature", self.temperature)
+
+    def input_gradient(self, grad: Tensor, point: Point) -> Tensor:
+        assert point.temperature is not None  # noqa: S101 - set by the quantizer that owns this rule
+        distance = point.rounding.border_distance(point.u)
+        slope = staircase_slope(distance, point.rounding.half_cell, point.temperature)
+        return torch.where(point.inside(), grad * slope, 0.0)
+
+    def temperature_gradient(self, grad: Tensor, point: Point) -> Tensor:
+        assert point.temperature is not None  # noqa: S101
+        distance = point.rounding.border_distance(point.u)
+        slope = staircase_temperature_slope(distance, point.rounding.half_cell, point.temperature)
+        return torch.where(point.inside(), grad * slope, 0.0)
+
+
+@final
+@dataclass(frozen=True)
+class ElementwiseScaling(Gradient):
+    r"""EWGS: :math:`g (1 + \delta\, sign(g) (u - q) / (hi - lo))` inside lo..hi, else 0.
+
+    Args:
+        delta: strength, not negative; 0 equals :class:`Clipped`.
+
+    Source: arXiv:2104.00903 eq. 5 (constant delta; the Hessian-based schedule is not built in).
+    """
+
+    delta: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check_positive("ElementwiseScaling", "delta", self.delta, zero_allowed=True)
+
+    def input_gradient(self, grad: Tensor, point: Point) -> Tensor:
+        return elementwise_scaling(grad, point.u, point.q, point.lo, point.hi, self.delta)
+
+    @property
+    def label(self) -> str:
+        return "ewgs"

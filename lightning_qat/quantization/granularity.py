@@ -1,0 +1,167 @@
+"""Granularities: which elements share a scale."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import final
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the dimensions of a tensor are to be read.
+
+    Args:
+        channel_axis: output dimension of a weight (0; 1 for transposed convolutions), None for an input.
+        num_features: how many trailing dimensions of an input belong to one token (1 for linear layers;
+            channels and space for convolutions).
+    """
+
+    channel_axis: int | None = 0
+    num_features: int = 1
+
+    @property
+    def is_input(self) -> bool:
+        """Whether this is the layout of an input."""
+        return self.channel_axis is None
+
+
+class Granularity(ABC):
+    """Maps a tensor to a grouped view, in which the elements that share a scale lie along :meth:`dims`."""
+
+    for_weights: bool = True
+    for_inputs: bool = True
+
+    def group(self, x: Tensor, layout: Layout) -> Tensor:
+        """Return x so shaped that a scale with kept dimensions broadcasts to it."""
+        return x
+
+    def ungroup(self, grouped: Tensor, shape: tuple[int, ...], layout: Layout) -> Tensor:
+        """Undo :meth:`group`."""
+        return grouped
+
+    @abstractmethod
+    def dims(self, grouped_dims: int, layout: Layout) -> tuple[int, ...]:
+        """Return the dimensions of the grouped view over which one scale extends."""
+
+    def scale_shape(self, shape: tuple[int, ...], layout: Layout) -> tuple[int, ...]:
+        """Return the shape of a stored scale for a tensor of this shape."""
+        dims = self.dims(len(shape), layout)
+        return tuple(1 if d in dims else n for d, n in enumerate(shape))
+
+    def problem(self, shape: tuple[int, ...], layout: Layout) -> str | None:
+        """Return why this granularity cannot serve a tensor of this shape, or None."""
+        return None
+
+    @property
+    @abstractmethod
+    def label(self) -> str:
+        """Compact name used in logs."""
+
+
+@final
+@dataclass(frozen=True)
+class PerTensor(Granularity):
+    """One scale for the whole tensor, stored with shape [1]."""
+
+    def dims(self, grouped_dims: int, layout: Layout) -> tuple[int, ...]:
+        return tuple(range(grouped_dims))
+
+    def scale_shape(self, shape: tuple[int, ...], layout: Layout) -> tuple[int, ...]:
+        return (1,)
+
+    @property
+    def label(self) -> str:
+        return "tensor"
+
+
+@final
+@dataclass(frozen=True)
+class PerChannel(Granularity):
+    """One scale per output channel of a weight: [out, in] -> [out, 1]; rows of an embedding."""
+
+    for_inputs = False
+
+    def dims(self, grouped_dims: int, layout: Layout) -> tuple[int, ...]:
+        return tuple(d for d in range(grouped_dims) if d != layout.channel_axis)
+
+    @property
+    def label(self) -> str:
+        return "channel"
+
+
+@final
+@dataclass(frozen=True)
+class PerToken(Granularity):
+    """One scale per token of an input, [..., features] -> [..., 1]; convolutions: per sample."""
+
+    for_weights = False
+
+    def dims(self, grouped_dims: int, layout: Layout) -> tuple[int, ...]:
+        return tuple(range(max(0, grouped_dims - layout.num_features), grouped_dims))
+
+    @property
+    def label(self) -> str:
+        return "token"
+
+
+@final
+@dataclass(frozen=True)
+class PerGroup(Granularity):
+    """One scale per group of consecutive elements along the input dimension.
+
+    Weights [out, in, ...] -> [out, in * ... / size, 1]; inputs [..., in] -> [..., in / size, 1].
+
+    Args:
+        size: positive number of elements in a group; it must divide the input dimension.
+
+    Raises:
+        ValueError: if size is not a positive integer.
+    """
+
+    size: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.size, int) or isinstance(self.size, bool) or self.size < 1:
+            raise ValueError(f"PerGroup: size={self.size!r} is not allowed; choose a positive integer such as 32")
+
+    def group(self, x: Tensor, layout: Layout) -> Tensor:
+        if layout.channel_axis is None:
+            return x.unflatten(-1, (-1, self.size))
+        return x.movedim(layout.channel_axis, 0).reshape(x.shape[layout.channel_axis], -1, self.size)
+
+    def ungroup(self, grouped: Tensor, shape: tuple[int, ...], layout: Layout) -> Tensor:
+        axis = layout.channel_axis
+        if not axis:
+            return grouped.reshape(shape)
+        moved = (shape[axis], *shape[:axis], *shape[axis + 1 :])
+        return grouped.reshape(moved).movedim(0, axis)
+
+    def dims(self, grouped_dims: int, layout: Layout) -> tuple[int, ...]:
+        return (grouped_dims - 1,)
+
+    def scale_shape(self, shape: tuple[int, ...], layout: Layout) -> tuple[int, ...]:
+        axis = layout.channel_axis or 0
+        return (shape[axis], self._width(shape, layout) // self.size, 1)
+
+    def _width(self, shape: tuple[int, ...], layout: Layout) -> int:
+        if layout.channel_axis is None:
+            return shape[-1]
+        width = 1
+        for axis, n in enumerate(shape):
+            width *= 1 if axis == layout.channel_axis else n
+        return width
+
+    def problem(self, shape: tuple[int, ...], layout: Layout) -> str | None:
+        if layout.is_input and layout.num_features != 1:
+            return "groups of an input exist for linear layers only; choose PerTensor() or PerToken()"
+        width = self._width(shape, layout)
+        if width % self.size == 0:
+            return None
+        divisors = [d for d in range(1, width + 1) if width % d == 0]
+        near = sorted(sorted(divisors, key=lambda d: abs(d - self.size))[:5])
+        return f"in_features={width} is not a multiple of group_size={self.size}; choose one of {near}"
+
+    @property
+    def label(self) -> str:
+        return f"group{self.size}"

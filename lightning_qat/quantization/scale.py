@@ -1,0 +1,189 @@
+"""Scales: how the step between levels is found."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor
+
+from lightning_qat.functional.fake_quantize import finish_scale
+from lightning_qat.functional.scaling import (
+    Sample,
+    absolute_percentile,
+    entropy_scale,
+    minimum_error_scale,
+    range_to_scale,
+    signed_percentiles,
+)
+from lightning_qat.quantization.grid import Grid
+
+
+@dataclass(frozen=True, eq=False)
+class Bounds:
+    """A grid with its bounds as numbers or tensors, and the dtype in which scales are stored."""
+
+    grid: Grid
+    lo: Tensor | float
+    hi: Tensor | float
+    dtype: torch.dtype = torch.float32
+
+
+class Scale(ABC):
+    """Finds (scale, zero point or None) for a sample of values, shaped to broadcast to it."""
+
+    recomputed: ClassVar[bool] = False
+    learned: ClassVar[bool] = False
+    takes_zero_point: bool = True
+
+    @abstractmethod
+    def find(self, sample: Sample, bounds: Bounds) -> tuple[Tensor, Tensor | None]:
+        """Return the scale and the zero point, both with kept dimensions."""
+
+    @property
+    def label(self) -> str:
+        """Compact name used in logs."""
+        return type(self).__name__.lower()
+
+
+@final
+@dataclass(frozen=True)
+class AbsMax(Scale):
+    """The largest absolute value falls on the end of the grid; recomputed in every forward.
+
+    Source: arXiv:1712.05877; the formula of each grid is in its docstring.
+    """
+
+    recomputed: ClassVar[bool] = True
+
+    def find(self, sample: Sample, bounds: Bounds) -> tuple[Tensor, Tensor | None]:
+        return range_to_scale(*sample.range(), bounds.grid, bounds.lo, bounds.hi, bounds.dtype)
+
+
+@final
+@dataclass(frozen=True)
+class AbsMean(Scale):
+    r"""The mean absolute value (binary, ternary) or :math:`2 mean / \sqrt{hi}`; recomputed in every forward.
+
+    Source: BitNet, arXiv:2310.11453, arXiv:2402.17764; LSQ's start, arXiv:1902.08153.
+    """
+
+    recomputed: ClassVar[bool] = True
+    takes_zero_point: ClassVar[bool] = False
+
+    def find(self, sample: Sample, bounds: Bounds) -> tuple[Tensor, Tensor | None]:
+        largest = torch.finfo(sample.values.dtype).max / 256
+        scale = bounds.grid.absmean_scale(sample.mean(), bounds.hi)
+        return finish_scale(scale, bounds.dtype, largest=largest), None
+
+
+@final
+@dataclass(frozen=True)
+class Percentile(Scale):
+    """A percentile of the absolute values in the place of their maximum; found once and stored.
+
+    Args:
+        percentile: in (0, 100]; 100 equals AbsMax. On a grid with zero point both tails are cut.
+
+    Raises:
+        ValueError: percentile outside (0, 100], or at most 50 on a grid with a zero point (raised by the spec).
+    """
+
+    percentile: float = 99.9
+
+    def __post_init__(self) -> None:
+        if not 0 < self.percentile <= 100:
+            raise ValueError(f"Percentile: percentile={self.percentile} is not allowed; choose a value in (0, 100]")
+
+    def find(self, sample: Sample, bounds: Bounds) -> tuple[Tensor, Tensor | None]:
+        if bounds.grid.symmetric:
+            amax = absolute_percentile(sample, self.percentile)
+            limits = -amax, amax
+        else:
+            limits = signed_percentiles(sample, self.percentile)
+        return range_to_scale(*limits, bounds.grid, bounds.lo, bounds.hi, bounds.dtype)
+
+    @property
+    def label(self) -> str:
+        return f"percentile{self.percentile:g}"
+
+
+@final
+@dataclass(frozen=True)
+class MinimumError(Scale):
+    """The scale of least squared error, found by search and stored.
+
+    Source: the search of OCS/ACIQ-style post-training quantization (arXiv:1901.09504), with least-squares steps.
+    """
+
+    def find(self, sample: Sample, bounds: Bounds) -> tuple[Tensor, Tensor | None]:
+        return minimum_error_scale(sample, bounds.grid, bounds.dtype)
+
+    @property
+    def label(self) -> str:
+        return "mse"
+
+
+@final
+@dataclass(frozen=True)
+class Entropy(Scale):
+    """The scale of least Kullback-Leibler divergence between histograms, found by search and stored."""
+
+    def find(self, sample: Sample, bounds: Bounds) -> tuple[Tensor, Tensor | None]:
+        return entropy_scale(sample, bounds.grid, bounds.dtype)
+
+
+@final
+@dataclass(frozen=True)
+class MovingAverage(Scale):
+    """The exponential moving average of the absolute maximum over calibration batches, then stored.
+
+    It moves while calibrating only, never in training or evaluation. A weight counts as one batch.
+
+    Args:
+        momentum: share of the past in the average, in [0, 1).
+    """
+
+    momentum: float = 0.9
+    takes_zero_point: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"MovingAverage: momentum={self.momentum} is not allowed; choose a value in [0, 1)")
+
+    def find(self, sample: Sample, bounds: Bounds) -> tuple[Tensor, Tensor | None]:
+        if sample.average_amax is None:
+            return AbsMax().find(sample, bounds)
+        amax = sample.average_amax
+        return range_to_scale(-amax, amax, bounds.grid, bounds.lo, bounds.hi, bounds.dtype)
+
+
+@final
+@dataclass(frozen=True)
+class Learned(Scale):
+    """A parameter trained by the LSQ gradient; a zero point, where the grid has one, is found once and stays.
+
+    Args:
+        init: how the start value is found.
+
+    Source: LSQ, arXiv:1902.08153; deviation: started at the least squared error instead of 2 mean / sqrt(hi).
+    """
+
+    init: Scale = field(default_factory=MinimumError)
+    learned: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.init, Scale) or self.init.learned:
+            raise ValueError(f"Learned: init={self.init!r} is not allowed; choose a scale that is not learned")
+
+    @property
+    def takes_zero_point(self) -> bool:  # type: ignore[override]
+        """A zero point needs an initialization that finds one."""
+        return self.init.takes_zero_point
+
+    def find(self, sample: Sample, bounds: Bounds) -> tuple[Tensor, Tensor | None]:
+        return self.init.find(sample, bounds)
+
+    @property
+    def label(self) -> str:
+        return f"learned({self.init.label})"
