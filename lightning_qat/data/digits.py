@@ -1,7 +1,5 @@
 """Handwritten digits that ship with scikit-learn: 1797 images of 8 x 8 pixels in 10 classes."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import final
@@ -25,7 +23,7 @@ class DigitsSplit:
 
 
 def load_digits() -> tuple[Tensor, Tensor]:
-    """Returns the pixels, float32 in [0, 1] of shape [1797, 8, 8] as rows of pixels, and the labels, int64 [1797].
+    """Return the pixels, float32 in [0, 1] of shape [1797, 8, 8] as rows of pixels, and the labels, int64 [1797].
 
     Source: UCI ML hand-written digits (test set of optdigits), copied in scikit-learn; the raw pixels are 0 .. 16.
 
@@ -42,7 +40,7 @@ def load_digits() -> tuple[Tensor, Tensor]:
 
 
 def stratified_split(labels: Tensor, *, val_fraction: float, test_fraction: float, seed: int) -> DigitsSplit:
-    """Splits samples into train, validation and test so that each part holds the classes in the same shares.
+    """Split samples into train, validation and test so that each part holds the classes in the same shares.
 
     Args:
         labels: class of each sample, int64 [num_samples], 0 or more.
@@ -106,10 +104,10 @@ class AbstractDigits(L.LightningDataModule, ABC):
 
     @abstractmethod
     def shape(self, images: Tensor) -> Tensor:
-        """Returns the samples [n, ...] made of the images [n, 8, 8]."""
+        """Return the samples [n, ...] made of the images [n, 8, 8]."""
 
     def setup(self, stage: str) -> None:
-        """Loads and splits the data; equal for every stage."""
+        """Load and split the data; equal for every stage."""
         images, labels = load_digits()
         split = stratified_split(
             labels, val_fraction=self.val_fraction, test_fraction=self.test_fraction, seed=self.split_seed
@@ -120,22 +118,22 @@ class AbstractDigits(L.LightningDataModule, ABC):
         )
 
     def train_dataloader(self) -> ResumableDataLoader[tuple[Tensor, ...]]:
-        """Returns the training batches, samples and labels, in an order that depends on (seed, epoch)."""
+        """Return the training batches, samples and labels, in an order that depends on (seed, epoch)."""
         sampler = ShuffledOrder(len(self.train_set), seed=self.seed)
         return ResumableDataLoader(
             self.train_set, batch_size=self.batch_size, sampler=sampler, num_workers=self.num_workers
         )
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Returns the validation batches in a fixed order."""
+        """Return the validation batches in a fixed order."""
         return DataLoader(self.val_set, batch_size=self.batch_size, num_workers=self.num_workers)
 
     def test_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Returns the test batches in a fixed order."""
+        """Return the test batches in a fixed order."""
         return DataLoader(self.test_set, batch_size=self.batch_size, num_workers=self.num_workers)
 
     def predict_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Returns the test batches."""
+        """Return the test batches."""
         return self.test_dataloader()
 
 
@@ -152,7 +150,7 @@ class DigitsData(AbstractDigits):
     """
 
     def shape(self, images: Tensor) -> Tensor:
-        """Returns rows as time steps and the pixels of a row as features: [n, 8, 8]."""
+        """Return rows as time steps and the pixels of a row as features: [n, 8, 8]."""
         return images
 
 
@@ -161,5 +159,5 @@ class DigitImages(AbstractDigits):
     """Digits as images: samples are float32 [1 channel, 8, 8] in [0, 1], labels int64. Arguments as in the base."""
 
     def shape(self, images: Tensor) -> Tensor:
-        """Returns images of one channel: [n, 1, 8, 8]."""
+        """Return images of one channel: [n, 1, 8, 8]."""
         return images.unsqueeze(1)

@@ -1,7 +1,5 @@
 """Orders of training data that depend on a seed and the epoch alone, and a loader that resumes inside an epoch."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from itertools import islice
@@ -15,7 +13,7 @@ _T_co = TypeVar("_T_co", covariant=True)
 
 
 def epoch_generator(seed: int, epoch: int) -> torch.Generator:
-    """Returns a generator that is a function of the seed and the epoch.
+    """Return a generator that is a function of the seed and the epoch.
 
     Args:
         seed: any non-negative integer.
@@ -43,19 +41,19 @@ class EpochSampler(Sampler[int], ABC):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch whose indices the next iteration yields."""
+        """Choose the epoch whose indices the next iteration yields."""
         self.epoch = epoch
 
     @abstractmethod
     def draw(self, generator: torch.Generator) -> Tensor:
-        """Returns the int64 indices of one epoch."""
+        """Return the int64 indices of one epoch."""
 
     @abstractmethod
     def __len__(self) -> int:
-        """Returns the number of indices in an epoch."""
+        """Return the number of indices in an epoch."""
 
     def __iter__(self) -> Iterator[int]:
-        """Yields the indices of the current epoch."""
+        """Yield the indices of the current epoch."""
         yield from self.draw(epoch_generator(self.seed, self.epoch)).tolist()
 
 
@@ -77,11 +75,11 @@ class ShuffledOrder(EpochSampler):
         self.num_samples = num_samples
 
     def draw(self, generator: torch.Generator) -> Tensor:
-        """Returns a permutation."""
+        """Return a permutation."""
         return torch.randperm(self.num_samples, generator=generator)
 
     def __len__(self) -> int:
-        """Returns ``num_samples``."""
+        """Return ``num_samples``."""
         return self.num_samples
 
 
@@ -105,11 +103,11 @@ class RandomPositions(EpochSampler):
         self.num_draws = num_draws
 
     def draw(self, generator: torch.Generator) -> Tensor:
-        """Returns uniform draws."""
+        """Return uniform draws."""
         return torch.randint(self.num_positions, (self.num_draws,), generator=generator)
 
     def __len__(self) -> int:
-        """Returns ``num_draws``."""
+        """Return ``num_draws``."""
         return self.num_draws
 
 
@@ -131,16 +129,16 @@ class ResumableDataLoader(DataLoader[_T_co]):
         return int(getattr(self.sampler, "epoch", 0))
 
     def state_dict(self) -> dict[str, int]:
-        """Returns the epoch and the number of its batches already given out."""
+        """Return the epoch and the number of its batches already given out."""
         return {"epoch": self._epoch, "batches": self._batches_given}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Takes up a state; it serves the next iteration if that is of the same epoch, else it is out of date."""
+        """Take up a state; it serves the next iteration if that is of the same epoch, else it is out of date."""
         self._resume = dict(state)
         self._batches_given = state["batches"]
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        """Yields the batches that are left of the sampler's current epoch."""
+        """Yield the batches that are left of the sampler's current epoch."""
         # A generator, so that workers start at the first batch: Lightning sets the epoch after it calls iter().
         state, self._resume = self._resume, None
         skip = state["batches"] if state is not None and state["epoch"] == self._epoch else 0

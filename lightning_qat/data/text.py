@@ -1,7 +1,5 @@
 """Text as bytes for language models: any file or folder, or the documentation that ships with Python."""
 
-from __future__ import annotations
-
 import importlib
 from pathlib import Path
 from typing import final
@@ -16,7 +14,7 @@ from lightning_qat.data.sampling import RandomPositions, ResumableDataLoader
 
 
 def python_documentation() -> bytes:
-    """Returns the text of Python's topic pages (module ``pydoc_data.topics``), each paragraph once.
+    """Return the text of Python's topic pages (module ``pydoc_data.topics``), each paragraph once.
 
     These are the pages that ``help("topics")`` lists. Several repeat others word for word; with the repetitions taken
     out, the end of the text is not seen while training on its start. 0.37 MB in Python 3.11, other versions differ.
@@ -40,7 +38,7 @@ def python_documentation() -> bytes:
 
 
 def read_text(path: str | Path, *, pattern: str = "**/*") -> bytes:
-    """Returns the bytes of a file, or of the files of a folder in the order of their names, joined by line ends.
+    """Return the bytes of a file, or of the files of a folder in the order of their names, joined by line ends.
 
     Args:
         path: a file or a folder; ``~`` is the home directory.
@@ -92,11 +90,11 @@ class TextWindows(Dataset[tuple[Tensor, Tensor]]):
         self.stride = stride
 
     def __len__(self) -> int:
-        """Returns the number of whole windows."""
+        """Return the number of whole windows."""
         return max(0, (len(self.text) - self.length - 1) // self.stride + 1)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """Returns the input and the target, int64 [length] each."""
+        """Return the input and the target, int64 [length] each."""
         if not 0 <= index < len(self):
             raise IndexError(f"window {index} of {len(self)}")
         start = index * self.stride
@@ -156,7 +154,7 @@ class TextData(L.LightningDataModule):
         self.vocab_size = 256
 
     def setup(self, stage: str) -> None:
-        """Reads and splits the text; equal for every stage."""
+        """Read and split the text; equal for every stage."""
         raw = python_documentation() if self.path is None else read_text(self.path, pattern=self.pattern)
         text = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
         num_val, num_test = int(len(text) * self.val_fraction), int(len(text) * self.test_fraction)
@@ -173,7 +171,7 @@ class TextData(L.LightningDataModule):
         self.test_set = TextWindows(text[num_train + num_val :], length=length, stride=length)
 
     def train_dataloader(self) -> ResumableDataLoader[tuple[Tensor, Tensor]]:
-        """Returns ``num_train_batches`` batches of random windows."""
+        """Return ``num_train_batches`` batches of random windows."""
         num_draws = self.num_train_batches * self.batch_size
         sampler = RandomPositions(len(self.train_set), num_draws=num_draws, seed=self.seed)
         return ResumableDataLoader(
@@ -181,13 +179,13 @@ class TextData(L.LightningDataModule):
         )
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        """Returns the validation windows in the order of the text."""
+        """Return the validation windows in the order of the text."""
         return DataLoader(self.val_set, batch_size=self.batch_size, num_workers=self.num_workers)
 
     def test_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        """Returns the test windows in the order of the text."""
+        """Return the test windows in the order of the text."""
         return DataLoader(self.test_set, batch_size=self.batch_size, num_workers=self.num_workers)
 
     def predict_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        """Returns the test windows."""
+        """Return the test windows."""
         return self.test_dataloader()

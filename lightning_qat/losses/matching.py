@@ -115,8 +115,8 @@ def attention_relation_loss(
     Raises:
         ValueError: Counts, shapes or heads do not match.
 
-    Source: arXiv:2012.15828 (MiniLMv2), eqs. 3-6, with the mean over Q-Q, K-K and V-V relations where the paper
-    weights them; the V-V relation alone is that of arXiv:2002.10957 (MiniLM), eq. 7.
+    Source: arXiv:2012.15828 (MiniLMv2), with the mean over Q-Q, K-K and V-V relations where the paper weights them;
+    the V-V relation alone is that of arXiv:2002.10957 (MiniLM).
 
     Example:
         >>> q = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])

@@ -109,8 +109,8 @@ def oscillation_dampening(latent: Tensor, quantized: Tensor, *, lower: Tensor | 
     Raises:
         ValueError: Shapes do not match.
 
-    Source: arXiv:2203.11086, eqs. 5-6; its weight rises from 0 along a cosine in the paper's best schedule. The
-    bounds are constants for the gradient.
+    Source: arXiv:2203.11086, oscillation dampening; its weight rises from 0 along a cosine in the paper's schedule.
+    The bounds are constants for the gradient.
 
     Example:
         >>> weight, quantized = torch.tensor([0.4, 7.0]), torch.tensor([0.0, 1.0])

@@ -19,6 +19,11 @@ from lightning_qat.quantization.tensor import QuantizedTensor
 _LEAST_TEMPERATURE = 0.03
 
 
+def _without_bits(grid: Grid) -> tuple[float, float]:
+    family, _, parameter = grid.encode()
+    return family, parameter
+
+
 @final
 class FakeQuantizer(nn.Module):
     """Replaces a tensor by the nearest values of a grid; the gradient passes as the spec says.
@@ -54,6 +59,8 @@ class FakeQuantizer(nn.Module):
         super().__init__()
         self.spec, self.layout, self.name = spec, layout or Layout(), name
         self.grid: Grid = spec.grid
+        # Used in the forward: stays the same object while only the bit width changes, or torch.compile would recompile.
+        self.family: Grid = spec.grid
         self.enabled = True
         self.observer: Observer | None = None
         self.stale = False  # the scale must be found anew before the next use
@@ -95,7 +102,7 @@ class FakeQuantizer(nn.Module):
         return self.stored and (self.stale or not bool(self.calibrated))
 
     def _bounds(self) -> Bounds:
-        return Bounds(self.grid, self.lo, self.hi, self.spec.torch_scale_dtype)
+        return Bounds(self.family, self.lo, self.hi, self.spec.torch_scale_dtype)
 
     def _sample(self, x: Tensor) -> tuple[Tensor, Sample]:
         grouped = self.spec.granularity.group(x, self.layout)
@@ -110,7 +117,7 @@ class FakeQuantizer(nn.Module):
         else:
             wide = sample.values if sample.values.dtype == torch.float64 else sample.values.float()
             scale, zero_point = self.spec.scale.find(Sample(wide, sample.dims), self._bounds())
-        factor = self.grid.step_factor
+        factor = self.family.step_factor
         return (scale if factor == 1.0 else scale * factor), zero_point
 
     def forward(self, x: Tensor) -> Tensor:
@@ -125,7 +132,7 @@ class FakeQuantizer(nn.Module):
         grouped, sample = self._sample(x)
         step, zero_point = self.step_and_zero_point(sample)
         out = fake_quantize(
-            grouped, step, zero_point, lo=self.lo, hi=self.hi, rounding=self.grid, rule=self.spec.gradient,
+            grouped, step, zero_point, lo=self.lo, hi=self.hi, rounding=self.family, rule=self.spec.gradient,
             learned=self.learned,
             temperature=None if self.temperature is None else self.temperature.abs().clamp(min=_LEAST_TEMPERATURE),
         )  # fmt: skip
@@ -146,7 +153,7 @@ class FakeQuantizer(nn.Module):
             self.find_scale(x)
         grouped, sample = self._sample(x.detach())
         step, zero_point = self.step_and_zero_point(sample)
-        levels = quantize(grouped, step, zero_point, lo=self.lo, hi=self.hi, rounding=self.grid)
+        levels = quantize(grouped, step, zero_point, lo=self.lo, hi=self.hi, rounding=self.family)
         codes = self.spec.granularity.ungroup((levels - self.grid.offset).to(torch.int8), tuple(x.shape), self.layout)
         return QuantizedTensor(
             codes, step.detach().clone(), None if zero_point is None else zero_point.detach().clone(),
@@ -195,6 +202,8 @@ class FakeQuantizer(nn.Module):
                 f"{self.name}: cannot change from {self.grid!r} to {grid!r}: one has a zero point and the other has none"
             )
         self.grid = grid
+        if _without_bits(grid) != _without_bits(self.family):
+            self.family = grid
         self.grid_code.copy_(torch.tensor(grid.encode()))
         self.lo.fill_(grid.lo)
         self.hi.fill_(grid.hi)
