@@ -1,7 +1,8 @@
 """LightningDataModules on data that ships with a dependency or with Python: nothing is downloaded."""
 
+from lightning_qat.data.arithmetic import ArithmeticData
 from lightning_qat.data.digits import DigitImages, DigitsData
 from lightning_qat.data.sampling import ResumableDataLoader
 from lightning_qat.data.text import TextData
 
-__all__ = ["DigitImages", "DigitsData", "ResumableDataLoader", "TextData"]
+__all__ = ["ArithmeticData", "DigitImages", "DigitsData", "ResumableDataLoader", "TextData"]

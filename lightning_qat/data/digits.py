@@ -33,7 +33,7 @@ def load_digits() -> tuple[Tensor, Tensor]:
         (torch.Size([1797, 8, 8]), tensor([0, 1, 2, 3, 4]))
     """
     # Imported here: scikit-learn takes most of a second, which users of the other data need not wait for.
-    from sklearn import datasets  # type: ignore[import-untyped]
+    from sklearn import datasets
 
     digits = datasets.load_digits()
     return torch.as_tensor(digits.images, dtype=torch.float32) / 16, torch.as_tensor(digits.target).long()
