@@ -70,7 +70,8 @@ def bin_regularization(latent: Tensor, codes: Tensor, *, scale: Tensor | float, 
         A scalar >= 0, float32 or float64.
 
     Raises:
-        ValueError: Shapes do not match, or lo >= hi. A code outside lo..hi raises the IndexError of torch.
+        ValueError: Shapes do not match, or lo >= hi.
+        RuntimeError: A code lies outside lo..hi (torch's index error).
 
     Source: Han et al., Improving Low-Precision Network Quantization via Bin Regularization, ICCV 2021, eq. 5 (one
     layer; the paper sums over layers, and starts the penalty only once learned scales have settled).
@@ -85,10 +86,13 @@ def bin_regularization(latent: Tensor, codes: Tensor, *, scale: Tensor | float, 
         raise ValueError(f"lo={lo}, hi={hi}; expected lo < hi")
     weight = full_precision(latent)
     squares = (weight - codes.detach().to(weight.dtype) * scale).square().flatten()
-    bins = (codes.detach().flatten() - lo).long()
-    zeros = torch.zeros(int(hi - lo) + 1, dtype=squares.dtype, device=squares.device)
-    counts = zeros.index_add(0, bins, torch.ones_like(squares))
-    return (zeros.index_add(0, bins, squares) / counts.clamp(min=1)).sum()
+    # In float first: an int8 code minus -128 would wrap around.
+    bins = (codes.detach().to(weight.dtype) - lo).long().flatten()
+    # Counted in integers, then summed over weights: exact counts beyond 2^24 and a deterministic sum on accelerators.
+    one = torch.ones((), dtype=torch.int64, device=bins.device)
+    counts = torch.zeros(int(hi - lo) + 1, dtype=torch.int64, device=bins.device)
+    counts = counts.scatter_add(0, bins, one.expand(bins.shape))
+    return (squares / counts[bins]).sum()
 
 
 def oscillation_dampening(latent: Tensor, quantized: Tensor, *, lower: Tensor | float, upper: Tensor | float) -> Tensor:
