@@ -107,6 +107,17 @@ def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
     return q * scale if zero_point is None else (q - zero_point) * scale
 
 
+def narrow(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Convert to the dtype of the latent values, saturating where float16 would overflow.
+
+    >>> narrow(torch.tensor([1.0, -1e6]), torch.float16)
+    tensor([     1., -65504.], dtype=torch.float16)
+    """
+    if dtype == torch.float16:
+        values = values.clamp(-65504.0, 65504.0)
+    return values.to(dtype)
+
+
 class _FakeQuantize(torch.autograd.Function):
     """Exact forward; gradients by rule. Backward recomputes from the latent tensor, which is kept by reference."""
 
@@ -116,7 +127,7 @@ class _FakeQuantize(torch.autograd.Function):
         rounding: Rounding, rule: GradientRule, learned: bool,
     ) -> Tensor:  # fmt: skip
         q = quantize(x, scale, zero_point, lo=lo, hi=hi, rounding=rounding)
-        return dequantize(q, scale, zero_point).to(x.dtype)
+        return narrow(dequantize(q, scale, zero_point), x.dtype)
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -146,7 +157,7 @@ class _FakeQuantize(torch.autograd.Function):
             grad_scale = lsq_scale_gradient(wide, point, zero_point)
         if ctx.needs_input_grad[3] and temperature is not None:
             summands = ctx.rule.temperature_gradient(wide, point) * scale
-            grad_temperature = (summands.sum() / torch.sqrt(x.numel() * hi)).reshape(temperature.shape)
+            grad_temperature = (summands.sum() / torch.sqrt(max(1, x.numel()) * hi)).reshape(temperature.shape)
         return (grad_x, grad_scale, None, grad_temperature, *(None,) * 5)
 
 
@@ -160,7 +171,8 @@ def lsq_scale_gradient(grad: Tensor, point: Point, zero_point: Tensor | None) ->
     level = point.q if zero_point is None else point.q - zero_point
     slope = torch.where(point.inside(), point.q - point.u, level)
     total = (grad * slope).sum_to_size(point.step.shape)
-    return total / torch.sqrt(grad.numel() / point.step.numel() * point.hi)
+    sharing = max(1, grad.numel() // max(1, point.step.numel()))  # an empty batch has a gradient of zero, not 0 / 0
+    return total / torch.sqrt(sharing * point.hi)
 
 
 def fake_quantize(

@@ -27,7 +27,7 @@ def walsh_hadamard(x: Tensor) -> Tensor:
     """
     size = x.shape[-1]
     if size < 1 or size & (size - 1):
-        raise ValueError(f"walsh_hadamard: the last dimension is {size}; it must be a power of two (see hadamard_rotate)")
+        raise ValueError(f"walsh_hadamard: the last dimension is {size}; it must be a power of two (or use hadamard_rotate)")
     shape, half = x.shape, 1
     while half < size:
         pairs = x.reshape(*shape[:-1], size // (2 * half), 2, half)
@@ -40,7 +40,7 @@ def walsh_hadamard(x: Tensor) -> Tensor:
 def random_signs(size: int, seed: int) -> Tensor:
     """Return a reproducible vector of +1 and -1, shape [size], that leaves the global generator alone."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 2, (size,), generator=generator).mul_(2).sub_(1).float()
+    return torch.randint(0, 2, (size,), generator=generator, device="cpu").mul_(2).sub_(1).float()
 
 
 def hadamard_rotate(x: Tensor, signs: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Quantizers as products of four pieces: grid, granularity, scale, gradient."""
 
+from lightning_qat.quantization import recipes
 from lightning_qat.quantization.gradient import (
     Clipped,
     ElementwiseScaling,
@@ -12,6 +13,7 @@ from lightning_qat.quantization.granularity import Granularity, Layout, PerChann
 from lightning_qat.quantization.grid import Binary, Grid, HalfInt, Int, Pi, Ternary
 from lightning_qat.quantization.observer import Observer
 from lightning_qat.quantization.quantizer import FakeQuantizer
+from lightning_qat.quantization.recipe import Recipe, Rule
 from lightning_qat.quantization.scale import (
     AbsMax,
     AbsMean,
@@ -57,9 +59,12 @@ __all__ = [
     "Pi",
     "QuantizedTensor",
     "QuantizerSpec",
+    "Recipe",
+    "Rule",
     "Scale",
     "Soft",
     "StraightThrough",
     "Ternary",
     "Transform",
+    "recipes",
 ]

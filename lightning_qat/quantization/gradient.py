@@ -6,6 +6,7 @@ from typing import ClassVar, final
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_qat.functional.fake_quantize import Point
 from lightning_qat.functional.gradients import elementwise_scaling, staircase_slope, staircase_temperature_slope
@@ -44,10 +45,12 @@ class StraightThrough(Gradient):
 
     needs_input: ClassVar[bool] = False
 
+    @override
     def input_gradient(self, grad: Tensor, point: Point) -> Tensor:
         return grad
 
     @property
+    @override
     def label(self) -> str:
         return "ste"
 
@@ -69,6 +72,7 @@ class Clipped(Gradient):
         if self.threshold is not None:
             _check_positive("Clipped", "threshold", self.threshold)
 
+    @override
     def input_gradient(self, grad: Tensor, point: Point) -> Tensor:
         inside = point.inside() if self.threshold is None else point.x.abs() <= self.threshold
         return torch.where(inside, grad, 0.0)
@@ -91,6 +95,7 @@ class Soft(Gradient):
     def __post_init__(self) -> None:
         _check_positive("Soft", "temperature", self.temperature)
 
+    @override
     def input_gradient(self, grad: Tensor, point: Point) -> Tensor:
         distance = point.rounding.border_distance(point.u)
         slope = staircase_slope(distance, point.rounding.half_cell, self.temperature)
@@ -117,12 +122,14 @@ class LearnedSoft(Gradient):
     def __post_init__(self) -> None:
         _check_positive("LearnedSoft", "temperature", self.temperature)
 
+    @override
     def input_gradient(self, grad: Tensor, point: Point) -> Tensor:
         assert point.temperature is not None  # noqa: S101 - set by the quantizer that owns this rule
         distance = point.rounding.border_distance(point.u)
         slope = staircase_slope(distance, point.rounding.half_cell, point.temperature)
         return torch.where(point.inside(), grad * slope, 0.0)
 
+    @override
     def temperature_gradient(self, grad: Tensor, point: Point) -> Tensor:
         assert point.temperature is not None  # noqa: S101
         distance = point.rounding.border_distance(point.u)
@@ -146,9 +153,11 @@ class ElementwiseScaling(Gradient):
     def __post_init__(self) -> None:
         _check_positive("ElementwiseScaling", "delta", self.delta, zero_allowed=True)
 
+    @override
     def input_gradient(self, grad: Tensor, point: Point) -> Tensor:
         return elementwise_scaling(grad, point.u, point.q, point.lo, point.hi, self.delta)
 
     @property
+    @override
     def label(self) -> str:
         return "ewgs"

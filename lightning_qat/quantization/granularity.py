@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import final
 
 from torch import Tensor
+from typing_extensions import override
 
 
 @dataclass(frozen=True)
@@ -64,13 +65,16 @@ class Granularity(ABC):
 class PerTensor(Granularity):
     """One scale for the whole tensor, stored with shape [1]."""
 
+    @override
     def dims(self, grouped_dims: int, layout: Layout) -> tuple[int, ...]:
         return tuple(range(grouped_dims))
 
+    @override
     def scale_shape(self, shape: tuple[int, ...], layout: Layout) -> tuple[int, ...]:
         return (1,)
 
     @property
+    @override
     def label(self) -> str:
         return "tensor"
 
@@ -82,10 +86,12 @@ class PerChannel(Granularity):
 
     for_inputs = False
 
+    @override
     def dims(self, grouped_dims: int, layout: Layout) -> tuple[int, ...]:
         return tuple(d for d in range(grouped_dims) if d != layout.channel_axis)
 
     @property
+    @override
     def label(self) -> str:
         return "channel"
 
@@ -97,10 +103,12 @@ class PerToken(Granularity):
 
     for_weights = False
 
+    @override
     def dims(self, grouped_dims: int, layout: Layout) -> tuple[int, ...]:
         return tuple(range(max(0, grouped_dims - layout.num_features), grouped_dims))
 
     @property
+    @override
     def label(self) -> str:
         return "token"
 
@@ -125,11 +133,13 @@ class PerGroup(Granularity):
         if not isinstance(self.size, int) or isinstance(self.size, bool) or self.size < 1:
             raise ValueError(f"PerGroup: size={self.size!r} is not allowed; choose a positive integer such as 32")
 
+    @override
     def group(self, x: Tensor, layout: Layout) -> Tensor:
         if layout.channel_axis is None:
             return x.unflatten(-1, (-1, self.size))
         return x.movedim(layout.channel_axis, 0).reshape(x.shape[layout.channel_axis], -1, self.size)
 
+    @override
     def ungroup(self, grouped: Tensor, shape: tuple[int, ...], layout: Layout) -> Tensor:
         axis = layout.channel_axis
         if not axis:
@@ -137,9 +147,11 @@ class PerGroup(Granularity):
         moved = (shape[axis], *shape[:axis], *shape[axis + 1 :])
         return grouped.reshape(moved).movedim(0, axis)
 
+    @override
     def dims(self, grouped_dims: int, layout: Layout) -> tuple[int, ...]:
         return (grouped_dims - 1,)
 
+    @override
     def scale_shape(self, shape: tuple[int, ...], layout: Layout) -> tuple[int, ...]:
         axis = layout.channel_axis or 0
         return (shape[axis], self._width(shape, layout) // self.size, 1)
@@ -152,6 +164,7 @@ class PerGroup(Granularity):
             width *= 1 if axis == layout.channel_axis else n
         return width
 
+    @override
     def problem(self, shape: tuple[int, ...], layout: Layout) -> str | None:
         if layout.is_input and layout.num_features != 1:
             return "groups of an input exist for linear layers only; choose PerTensor() or PerToken()"
@@ -163,5 +176,6 @@ class PerGroup(Granularity):
         return f"in_features={width} is not a multiple of group_size={self.size}; choose one of {near}"
 
     @property
+    @override
     def label(self) -> str:
         return f"group{self.size}"

@@ -2,11 +2,12 @@
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Final, final
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_qat.functional.rounding import round_binary, round_ternary, round_uniform
 
@@ -32,18 +33,23 @@ class Grid(ABC):
 
     @property
     @abstractmethod
+    def bounds(self) -> tuple[float, float]:
+        """Smallest and largest level, in units of the scale."""
+
+    @property
     def lo(self) -> float:
         """Smallest level."""
+        return self.bounds[0]
 
     @property
-    @abstractmethod
     def hi(self) -> float:
         """Largest level."""
+        return self.bounds[1]
 
     @property
-    @abstractmethod
     def num_levels(self) -> int:
         """Number of levels."""
+        return int(self.hi - self.lo) + 1
 
     @property
     def bits_per_weight(self) -> float:
@@ -116,21 +122,16 @@ class Int(Grid):
             raise ValueError("Int: narrow=True needs symmetric=True; an asymmetric grid already uses every code")
 
     @property
-    def lo(self) -> float:
-        return -(2.0 ** (self.bits - 1)) + self.narrow
+    @override
+    def bounds(self) -> tuple[float, float]:
+        return -(2.0 ** (self.bits - 1)) + self.narrow, 2.0 ** (self.bits - 1) - 1
 
     @property
-    def hi(self) -> float:
-        return 2.0 ** (self.bits - 1) - 1
-
-    @property
-    def num_levels(self) -> int:
-        return 2**self.bits - self.narrow
-
-    @property
+    @override
     def label(self) -> str:
         return f"int{self.bits}" + ("-narrow" if self.narrow else "") + ("" if self.symmetric else "-asymmetric")
 
+    @override
     def encode(self) -> tuple[float, float, float]:
         return (0.0, float(self.bits), self.narrow + 2.0 * (not self.symmetric))
 
@@ -147,30 +148,33 @@ class Binary(Grid):
     half_cell: ClassVar[float] = 1.0
 
     @property
-    def lo(self) -> float:
-        return -1.0
+    @override
+    def bounds(self) -> tuple[float, float]:
+        return -1.0, 1.0
 
     @property
-    def hi(self) -> float:
-        return 1.0
-
-    @property
+    @override
     def num_levels(self) -> int:
         return 2
 
     @property
+    @override
     def label(self) -> str:
         return "binary"
 
+    @override
     def round(self, u: Tensor) -> Tensor:
         return round_binary(u)
 
+    @override
     def border_distance(self, u: Tensor) -> Tensor:
         return u
 
+    @override
     def absmean_scale(self, mean: Tensor, hi: Tensor | float) -> Tensor:
         return mean
 
+    @override
     def encode(self) -> tuple[float, float, float]:
         return (1.0, 1.0, 0.0)
 
@@ -196,30 +200,28 @@ class Ternary(Grid):
             raise ValueError(f"Ternary: threshold={self.threshold} is not allowed; choose a value in (0, 1), default 0.5")
 
     @property
-    def lo(self) -> float:
-        return -1.0
+    @override
+    def bounds(self) -> tuple[float, float]:
+        return -1.0, 1.0
 
     @property
-    def hi(self) -> float:
-        return 1.0
-
-    @property
-    def num_levels(self) -> int:
-        return 3
-
-    @property
+    @override
     def label(self) -> str:
         return "ternary" if self.threshold == 0.5 else f"ternary{self.threshold:g}"
 
+    @override
     def round(self, u: Tensor) -> Tensor:
         return round_ternary(u, self.threshold)
 
+    @override
     def border_distance(self, u: Tensor) -> Tensor:
         return torch.where(u < 0, u + self.threshold, u - self.threshold)
 
+    @override
     def absmean_scale(self, mean: Tensor, hi: Tensor | float) -> Tensor:
         return mean
 
+    @override
     def encode(self) -> tuple[float, float, float]:
         return (2.0, 2.0, self.threshold)
 
@@ -253,24 +255,20 @@ class HalfInt(Grid):
         _check_bits("HalfInt", self.bits, range(2, 9))
 
     @property
-    def lo(self) -> float:
-        return -self.hi
+    @override
+    def bounds(self) -> tuple[float, float]:
+        return 0.5 - 2.0 ** (self.bits - 1), 2.0 ** (self.bits - 1) - 0.5
 
     @property
-    def hi(self) -> float:
-        return 2.0 ** (self.bits - 1) - 0.5
-
-    @property
-    def num_levels(self) -> int:
-        return 2**self.bits
-
-    @property
+    @override
     def label(self) -> str:
         return f"halfint{self.bits}"
 
+    @override
     def absmax_scale(self, amax: Tensor, lo: Tensor | float, hi: Tensor | float) -> Tensor:
         return amax / (hi + 0.5)
 
+    @override
     def encode(self) -> tuple[float, float, float]:
         return (3.0, float(self.bits), 0.0)
 
@@ -300,25 +298,21 @@ class Pi(Grid):
             raise ValueError(f"Pi: k={self.k!r} is not allowed; choose an integer from 2 to 5")
 
     @property
-    def lo(self) -> float:
-        return -(2.0 ** (self.bits - 1))
+    @override
+    def bounds(self) -> tuple[float, float]:
+        return -(2.0 ** (self.bits - 1)), 2.0 ** (self.bits - 1) - 1
 
     @property
-    def hi(self) -> float:
-        return 2.0 ** (self.bits - 1) - 1
-
-    @property
-    def num_levels(self) -> int:
-        return int(2**self.bits)
-
-    @property
+    @override
     def step_factor(self) -> float:
         return math.pi / self.k
 
     @property
+    @override
     def label(self) -> str:
         return f"pi{self.bits}k{self.k}"
 
+    @override
     def encode(self) -> tuple[float, float, float]:
         return (4.0, float(self.bits), float(self.k))
 
@@ -361,10 +355,4 @@ def with_bits(grid: Grid, bits: int) -> Grid:
     """
     if bits == 1:
         return Binary()
-    if isinstance(grid, Int):
-        return Int(bits, narrow=grid.narrow, symmetric=grid.symmetric)
-    if isinstance(grid, Pi):
-        return Pi(bits, grid.k)
-    if isinstance(grid, HalfInt):
-        return HalfInt(bits)
-    return Int(bits)
+    return replace(grid, bits=bits) if isinstance(grid, Int | HalfInt | Pi) else Int(bits)

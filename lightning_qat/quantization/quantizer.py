@@ -58,6 +58,7 @@ class FakeQuantizer(nn.Module):
     ) -> None:
         super().__init__()
         self.spec, self.layout, self.name = spec, layout or Layout(), name
+        self.owner = name.rpartition(".")[0]
         self.grid: Grid = spec.grid
         # Used in the forward: stays the same object while only the bit width changes, or torch.compile would recompile.
         self.family: Grid = spec.grid
@@ -66,7 +67,7 @@ class FakeQuantizer(nn.Module):
         self.stale = False  # the scale must be found anew before the next use
         problem = spec.granularity.problem(shape, self.layout) if shape else None
         if problem:
-            raise ValueError(f'{name}: {problem}, or exclude the layer with Rule("{name}", None)')
+            raise ValueError(f'{name}: {problem}, or exclude the layer with Rule("{name.rpartition(".")[0]}", None)')
         self.register_buffer("grid_code", torch.tensor(self.grid.encode()))
         self.register_buffer("lo", torch.tensor(self.grid.lo), persistent=False)
         self.register_buffer("hi", torch.tensor(self.grid.hi), persistent=False)

@@ -6,6 +6,7 @@ from typing import ClassVar, final
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_qat.functional.fake_quantize import finish_scale
 from lightning_qat.functional.scaling import (
@@ -56,6 +57,7 @@ class AbsMax(Scale):
 
     recomputed: ClassVar[bool] = True
 
+    @override
     def find(self, sample: Sample, bounds: Bounds) -> tuple[Tensor, Tensor | None]:
         return range_to_scale(*sample.range(), bounds.grid, bounds.lo, bounds.hi, bounds.dtype)
 
@@ -71,6 +73,7 @@ class AbsMean(Scale):
     recomputed: ClassVar[bool] = True
     takes_zero_point: ClassVar[bool] = False
 
+    @override
     def find(self, sample: Sample, bounds: Bounds) -> tuple[Tensor, Tensor | None]:
         largest = torch.finfo(sample.values.dtype).max / 256
         scale = bounds.grid.absmean_scale(sample.mean(), bounds.hi)
@@ -95,6 +98,7 @@ class Percentile(Scale):
         if not 0 < self.percentile <= 100:
             raise ValueError(f"Percentile: percentile={self.percentile} is not allowed; choose a value in (0, 100]")
 
+    @override
     def find(self, sample: Sample, bounds: Bounds) -> tuple[Tensor, Tensor | None]:
         if bounds.grid.symmetric:
             amax = absolute_percentile(sample, self.percentile)
@@ -104,6 +108,7 @@ class Percentile(Scale):
         return range_to_scale(*limits, bounds.grid, bounds.lo, bounds.hi, bounds.dtype)
 
     @property
+    @override
     def label(self) -> str:
         return f"percentile{self.percentile:g}"
 
@@ -116,10 +121,12 @@ class MinimumError(Scale):
     Source: the search of OCS/ACIQ-style post-training quantization (arXiv:1901.09504), with least-squares steps.
     """
 
+    @override
     def find(self, sample: Sample, bounds: Bounds) -> tuple[Tensor, Tensor | None]:
         return minimum_error_scale(sample, bounds.grid, bounds.dtype)
 
     @property
+    @override
     def label(self) -> str:
         return "mse"
 
@@ -129,6 +136,7 @@ class MinimumError(Scale):
 class Entropy(Scale):
     """The scale of least Kullback-Leibler divergence between histograms, found by search and stored."""
 
+    @override
     def find(self, sample: Sample, bounds: Bounds) -> tuple[Tensor, Tensor | None]:
         return entropy_scale(sample, bounds.grid, bounds.dtype)
 
@@ -151,6 +159,7 @@ class MovingAverage(Scale):
         if not 0 <= self.momentum < 1:
             raise ValueError(f"MovingAverage: momentum={self.momentum} is not allowed; choose a value in [0, 1)")
 
+    @override
     def find(self, sample: Sample, bounds: Bounds) -> tuple[Tensor, Tensor | None]:
         if sample.average_amax is None:
             return AbsMax().find(sample, bounds)
@@ -181,9 +190,11 @@ class Learned(Scale):
         """A zero point needs an initialization that finds one."""
         return self.init.takes_zero_point
 
+    @override
     def find(self, sample: Sample, bounds: Bounds) -> tuple[Tensor, Tensor | None]:
         return self.init.find(sample, bounds)
 
     @property
+    @override
     def label(self) -> str:
         return f"learned({self.init.label})"

@@ -7,6 +7,7 @@ from typing import ClassVar, Self, final
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_qat.functional.hadamard import hadamard_rotate, random_signs
 
@@ -45,6 +46,7 @@ class Center(Transform):
 
     changes_input: ClassVar[bool] = False
 
+    @override
     def build(self, in_features: int) -> TransformModule:
         return _Centering()
 
@@ -62,10 +64,12 @@ class Hadamard(Transform):
 
     seed: int = 0
 
+    @override
     def build(self, in_features: int) -> TransformModule:
         return _Rotation(in_features, self.seed)
 
     @property
+    @override
     def label(self) -> str:
         return f"hadamard{self.seed}"
 
@@ -87,12 +91,14 @@ class Normalize(Transform):
         if not self.eps > 0:
             raise ValueError(f"Normalize: eps={self.eps} is not allowed; choose a positive value such as 1e-5")
 
+    @override
     def build(self, in_features: int) -> TransformModule:
         return _Normalization(self.eps)
 
 
 @final
 class _Centering(TransformModule):
+    @override
     def weight(self, weight: Tensor) -> Tensor:
         return weight - weight.mean()
 
@@ -106,6 +112,7 @@ class _Rotation(TransformModule):
         self.seed = seed
         self.register_buffer("signs", random_signs(size, seed), persistent=False)
 
+    @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         was_meta = self.signs.is_meta
         super()._apply(fn, recurse)
@@ -113,9 +120,11 @@ class _Rotation(TransformModule):
             self.signs.copy_(random_signs(self.signs.numel(), self.seed))
         return self
 
+    @override
     def weight(self, weight: Tensor) -> Tensor:
         return hadamard_rotate(weight, self.signs)
 
+    @override
     def input(self, x: Tensor) -> Tensor:
         return hadamard_rotate(x, self.signs)
 
@@ -126,6 +135,7 @@ class _Normalization(TransformModule):
         super().__init__()
         self.eps = eps
 
+    @override
     def input(self, x: Tensor) -> Tensor:
         wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
         return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)

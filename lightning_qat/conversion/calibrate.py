@@ -1,0 +1,130 @@
+"""calibrate(): scales of inputs from data, without a trace elsewhere."""
+
+import random
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_qat.conversion.prepare import quantizers, refresh_scales
+from lightning_qat.quantization.quantizer import FakeQuantizer
+
+
+def stored_inputs(model: nn.Module) -> dict[str, FakeQuantizer]:
+    """Return the quantizers of inputs whose scale is stored, by dotted name."""
+    return {name: q for name, q in quantizers(model).items() if q.layout.is_input and q.stored}
+
+
+def uncalibrated(model: nn.Module) -> dict[str, FakeQuantizer]:
+    """Return the quantizers of inputs whose scale was never found."""
+    return {name: quantizer for name, quantizer in stored_inputs(model).items() if quantizer.needs_calibration}
+
+
+def calibrate(
+    model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any] | None = None
+) -> dict[str, int]:
+    """Find the stored scales of inputs from data.
+
+    The model runs in evaluation mode without gradients. Random number generators, training flags, BatchNorm
+    statistics and gradients are unchanged afterwards. All processes of a distributed run end with equal scales.
+
+    Args:
+        model: a prepared model.
+        batches: what to run; tensors must be on the model's device.
+        forward: called with (model, batch). By default a dict is passed as keywords, and of a tuple or list the first
+            element.
+
+    Returns:
+        The number of batches that each quantizer saw, by dotted name; empty where nothing is to be calibrated.
+
+    Raises:
+        ValueError: no batches, or layers that saw no data.
+    """
+    targets = stored_inputs(model)
+    if not targets:
+        return {}
+    refresh_scales(model)
+    run = forward or default_forward
+    with _undisturbed(model), torch.no_grad():
+        try:
+            for quantizer in targets.values():
+                quantizer.observer = quantizer.new_observer()
+            for batch in batches:
+                run(model, batch)
+            return _finish(targets)
+        finally:
+            for quantizer in targets.values():
+                quantizer.observer = None
+
+
+def _finish(targets: dict[str, FakeQuantizer]) -> dict[str, int]:
+    seen: dict[str, int] = {}
+    for name, quantizer in targets.items():
+        assert quantizer.observer is not None  # noqa: S101 - calibrate() set it
+        quantizer.observer.synchronize()
+        seen[name] = quantizer.observer.num_batches
+    blind = [name for name, count in seen.items() if not count]
+    if blind:
+        raise ValueError(
+            f"calibrate: {', '.join(blind[:5])}: no data reached the layer in the calibration batches; pass more batches, "
+            "a forward= that uses it, or leave its input in float with a rule"
+        )
+    for quantizer in targets.values():
+        quantizer.find_scale()
+    return seen
+
+
+def default_forward(model: nn.Module, batch: Any) -> Any:
+    """Call a model with a batch: a dict as keywords, of a tuple or list the first element, else the batch itself."""
+    if isinstance(batch, dict):
+        return model(**batch)
+    return model(batch[0] if isinstance(batch, tuple | list) else batch)
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Restore random number generators and training flags afterwards."""
+    training = {module: module.training for module in model.modules()}
+    state, cuda = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+        torch.set_rng_state(state)
+        torch.cuda.set_rng_state_all(cuda) if cuda else None
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)
+
+
+def calibration_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return the scales and zero points of inputs by dotted name, for an artifact."""
+    state: dict[str, Tensor] = {}
+    for name, quantizer in stored_inputs(model).items():
+        state[f"{name}.scale"] = quantizer.scale.detach().clone()
+        if quantizer.zero_point is not None:
+            state[f"{name}.zero_point"] = quantizer.zero_point.clone()
+    return state
+
+
+@torch.no_grad()
+def load_calibration_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Set the scales and zero points of inputs from an artifact.
+
+    Raises:
+        ValueError: quantizers that the artifact lacks, or entries that the model lacks.
+    """
+    expected = calibration_state(model)
+    if expected.keys() != state.keys():
+        missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+        raise ValueError(f"calibration artifact: missing {missing[:5]}, unexpected {extra[:5]}; it is of another model")
+    for name, quantizer in stored_inputs(model).items():
+        quantizer.scale.copy_(state[f"{name}.scale"])
+        if quantizer.zero_point is not None:
+            quantizer.zero_point.copy_(state[f"{name}.zero_point"])
+        quantizer.calibrated.fill_(1.0)

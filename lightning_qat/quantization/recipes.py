@@ -1,0 +1,195 @@
+"""Named recipes. Each says what it rests on."""
+
+import difflib
+from collections.abc import Callable
+from typing import Any, Final
+
+from torch import nn
+
+from lightning_qat.quantization.gradient import StraightThrough
+from lightning_qat.quantization.granularity import Granularity, PerChannel, PerGroup, PerTensor, PerToken
+from lightning_qat.quantization.grid import Binary, Grid, HalfInt, Int, Pi, Ternary
+from lightning_qat.quantization.recipe import CONVOLUTIONS, Recipe, Rule
+from lightning_qat.quantization.scale import AbsMax, AbsMean
+from lightning_qat.quantization.spec import LayerSpec, QuantizerSpec
+from lightning_qat.quantization.transform import Center, Hadamard, Normalize, Transform
+
+__all__ = [
+    "binary",
+    "bitnet",
+    "bitnet1",
+    "int2",
+    "int3",
+    "int4",
+    "int8",
+    "named",
+    "names",
+    "piq2",
+    "piq3",
+    "seq2",
+    "ternary",
+    "w4a8",
+    "w8a8",
+]
+
+
+def _granularity(group_size: int | None) -> Granularity:
+    return PerChannel() if group_size is None else PerGroup(group_size)
+
+
+def _weight_only(name: str, grid: Grid, group_size: int | None, scale_dtype: str) -> Recipe:
+    weight = QuantizerSpec(grid, _granularity(group_size), scale_dtype=scale_dtype)
+    return Recipe((Rule("*", LayerSpec(weight), source=name),))
+
+
+def _int8_tokens() -> QuantizerSpec:
+    return QuantizerSpec(Int(8, narrow=True), PerToken(), AbsMax(), StraightThrough())
+
+
+def int8(group_size: int | None = None, scale_dtype: str = "float32") -> Recipe:
+    """8-bit weights, learned scale per channel or group, started at the least error. Source: LSQ, arXiv:1902.08153."""
+    return _weight_only("int8", Int(8), group_size, scale_dtype)
+
+
+def int4(group_size: int | None = None, scale_dtype: str = "float32") -> Recipe:
+    """4-bit weights, learned scale per channel or group, started at the least error. Source: LSQ, arXiv:1902.08153."""
+    return _weight_only("int4", Int(4), group_size, scale_dtype)
+
+
+def int3(group_size: int | None = None, scale_dtype: str = "float32") -> Recipe:
+    """3-bit weights, learned scale per channel or group, started at the least error. Source: LSQ, arXiv:1902.08153."""
+    return _weight_only("int3", Int(3), group_size, scale_dtype)
+
+
+def int2(group_size: int | None = None, scale_dtype: str = "float32") -> Recipe:
+    """2-bit weights, learned scale per channel or group, started at the least error. Source: LSQ, arXiv:1902.08153."""
+    return _weight_only("int2", Int(2), group_size, scale_dtype)
+
+
+def seq2(group_size: int | None = None, scale_dtype: str = "float32") -> Recipe:
+    """2-bit weights on half-integer levels, learned scale. Source: ParetoQ, arXiv:2502.02631 section 3.2."""
+    return _weight_only("seq2", HalfInt(2), group_size, scale_dtype)
+
+
+def ternary(group_size: int | None = None, scale_dtype: str = "float32") -> Recipe:
+    """Ternary weights (1.58 bits), learned scale. Source: arXiv:2402.17764 for the grid, LSQ for the scale."""
+    return _weight_only("ternary", Ternary(), group_size, scale_dtype)
+
+
+def binary(group_size: int | None = None, scale_dtype: str = "float32") -> Recipe:
+    """Binary weights, learned scale started at the mean absolute value. Source: ParetoQ, arXiv:2502.02631 (1 bit)."""
+    return _weight_only("binary", Binary(), group_size, scale_dtype)
+
+
+def w8a8(group_size: int | None = None, scale_dtype: str = "float32") -> Recipe:
+    """8-bit weights and 8-bit inputs per token (convolutions: per sample), both absmax, straight-through."""
+    weight = QuantizerSpec(Int(8), _granularity(group_size), AbsMax(), StraightThrough(), scale_dtype)
+    return Recipe((Rule("*", LayerSpec(weight, _int8_tokens()), source="w8a8"),))
+
+
+def w4a8(group_size: int | None = None, scale_dtype: str = "float32") -> Recipe:
+    """4-bit weights with learned scale, 8-bit inputs per token (convolutions: per sample)."""
+    weight = QuantizerSpec(Int(4), _granularity(group_size), scale_dtype=scale_dtype)
+    return Recipe((Rule("*", LayerSpec(weight, _int8_tokens()), source="w4a8"),))
+
+
+def _bitnet(name: str, grid: Grid, transforms: tuple[Transform, ...], normalize: Transform | None) -> Recipe:
+    weight = QuantizerSpec(grid, PerTensor(), AbsMean(), StraightThrough())
+    layer = LayerSpec(weight, _int8_tokens(), transforms)
+    if normalize is None:
+        return Recipe((Rule("*", layer, source=name),))
+    linear = LayerSpec(weight, _int8_tokens(), (*transforms, normalize))
+    return Recipe((Rule("*", linear, types=(nn.Linear,), source=name), Rule("*", layer, source=name)))
+
+
+def bitnet(normalize: Normalize | None = None) -> Recipe:
+    """Ternary absmean weights per tensor, 8-bit absmax inputs per token, straight-through.
+
+    Args:
+        normalize: normalization of the input of linear layers, ``Normalize()``, for models without norms of their own.
+
+    Source: BitNet b1.58, arXiv:2402.17764.
+    """
+    return _bitnet("bitnet", Ternary(), (), normalize)
+
+
+def bitnet1(normalize: Normalize | None = None) -> Recipe:
+    """Centered binary absmean weights per tensor, 8-bit absmax inputs per token, straight-through.
+
+    Args:
+        normalize: as in :func:`bitnet`.
+
+    Source: BitNet, arXiv:2310.11453.
+    """
+    return _bitnet("bitnet1", Binary(), (Center(),), normalize)
+
+
+def piq3(group_size: int | None = None, scale_dtype: str = "float32") -> Recipe:
+    """3-bit weights with step alpha * pi / 4, alpha learned: the family of int3 at another learning rate."""
+    return _weight_only("piq3", Pi(3, 4), group_size, scale_dtype)
+
+
+def piq2(group_size: int | None = None, scale_dtype: str = "float32", seed: int = 0) -> Recipe:
+    """2-bit weights with step alpha * pi / 3 after a Hadamard rotation of linear layers (arXiv:2402.04396).
+
+    Args:
+        group_size: elements that share a scale; None means per channel.
+        scale_dtype: storage dtype of scales.
+        seed: of the rotation.
+    """
+    weight = QuantizerSpec(Pi(2, 3), _granularity(group_size), scale_dtype=scale_dtype)
+    rotated = LayerSpec(weight, transforms=(Hadamard(seed),))
+    others = (*CONVOLUTIONS, nn.MultiheadAttention)
+    return Recipe(
+        (
+            Rule("*", rotated, types=(nn.Linear,), source="piq2"),
+            Rule("*", LayerSpec(weight), types=others, source="piq2"),
+        )
+    )
+
+
+_NAMED: Final[dict[str, Callable[..., Recipe]]] = {
+    "binary": binary,
+    "bitnet": bitnet,
+    "bitnet1": bitnet1,
+    "int2": int2,
+    "int3": int3,
+    "int4": int4,
+    "int8": int8,
+    "piq2": piq2,
+    "piq3": piq3,
+    "seq2": seq2,
+    "ternary": ternary,
+    "w4a8": w4a8,
+    "w8a8": w8a8,
+}
+
+
+def names() -> tuple[str, ...]:
+    """Return the names of all recipes.
+
+    >>> "int4" in names()
+    True
+    """
+    return tuple(sorted(_NAMED))
+
+
+def named(name: str, **arguments: Any) -> Recipe:
+    """Return the recipe of a name, for configs.
+
+    Args:
+        name: one of :func:`names`.
+        arguments: arguments of that recipe, such as ``group_size=32``.
+
+    Raises:
+        ValueError: an unknown name; the message lists all and the nearest.
+        TypeError: an argument that the recipe does not have.
+    """
+    if name not in _NAMED:
+        near = difflib.get_close_matches(str(name), _NAMED, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"recipes.named: {name!r} is not a recipe; choose one of {', '.join(names())}{hint}")
+    try:
+        return _NAMED[name](**arguments)
+    except TypeError as error:
+        raise TypeError(f"recipes.named({name!r}): {error}") from error
