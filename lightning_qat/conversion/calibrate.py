@@ -127,4 +127,4 @@ def load_calibration_state(model: nn.Module, state: dict[str, Tensor]) -> None:
         quantizer.scale.copy_(state[f"{name}.scale"])
         if quantizer.zero_point is not None:
             quantizer.zero_point.copy_(state[f"{name}.zero_point"])
-        quantizer.calibrated.fill_(1.0)
+        quantizer.calibrated = True

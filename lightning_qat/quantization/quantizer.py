@@ -1,14 +1,21 @@
 """The module that fake-quantizes one tensor of a layer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Self, final
 
 import torch
 from torch import Tensor, nn
 
-from lightning_qat.functional.fake_quantize import fake_quantize, positive_scale, quantize
+from lightning_qat.functional.fake_quantize import (
+    bounded_temperature,
+    fake_quantize,
+    finish_scale,
+    positive_scale,
+    quantize,
+)
 from lightning_qat.functional.scaling import Sample
-from lightning_qat.quantization.gradient import LearnedSoft
+from lightning_qat.quantization.gradient import TEMPERATURE_RANGE, LearnedSoft
 from lightning_qat.quantization.granularity import Layout
 from lightning_qat.quantization.grid import Grid, decode_grid
 from lightning_qat.quantization.observer import Observer
@@ -16,30 +23,33 @@ from lightning_qat.quantization.scale import Bounds, Learned, MovingAverage
 from lightning_qat.quantization.spec import QuantizerSpec
 from lightning_qat.quantization.tensor import QuantizedTensor
 
-_LEAST_TEMPERATURE = 0.03
-
 
 def _without_bits(grid: Grid) -> tuple[float, float]:
     family, _, parameter = grid.encode()
     return family, parameter
 
 
+def _float32(values: Sequence[float], device: str | None = None) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=device)  # whatever torch.set_default_dtype says
+
+
 @final
 class FakeQuantizer(nn.Module):
     """Replaces a tensor by the nearest values of a grid; the gradient passes as the spec says.
 
-    State: ``grid_code`` (the present grid, so that a checkpoint knows its bit width), for stored scales ``scale``
-    (a parameter if learned), ``zero_point`` (asymmetric grids) and ``calibrated``, for ``LearnedSoft`` ``temperature``.
-    All of it is float32 and stays so under ``.to(bfloat16)``, ``.half()`` and ``.double()``.
+    State: for stored scales ``scale`` (a parameter if learned) and ``zero_point`` (asymmetric grids), for ``LearnedSoft``
+    ``temperature``, and a small tensor that encodes the present grid, so that a checkpoint knows its bit width. The grid
+    and its bounds are no buffers: weight averaging would average them. All of it is float32 and stays so under
+    ``.to(bfloat16)``, ``.half()`` and ``.double()``.
 
     Args:
         spec: grid, granularity, scale and gradient.
         shape: shape of the weight; ``()`` for an input.
-        layout: how its dimensions are read.
+        layout: how its dimensions are read; without one, those of a linear layer's weight or input.
         name: dotted name used in messages.
 
     Raises:
-        ValueError: a granularity that does not fit the shape.
+        ValueError: a granularity that does not fit the shape or the layout.
 
     >>> from lightning_qat.quantization import AbsMax, FakeQuantizer, Int, PerTensor, QuantizerSpec
     >>> quantizer = FakeQuantizer(QuantizerSpec(Int(2), PerTensor(), AbsMax()), (3,))
@@ -47,8 +57,6 @@ class FakeQuantizer(nn.Module):
     tensor([-1.0000,  0.0000,  0.5000])
     """
 
-    grid_code: Tensor
-    calibrated: Tensor
     zero_point: Tensor | None
     lo: Tensor
     hi: Tensor
@@ -57,35 +65,35 @@ class FakeQuantizer(nn.Module):
         self, spec: QuantizerSpec, shape: tuple[int, ...] = (), layout: Layout | None = None, *, name: str = "quantizer"
     ) -> None:
         super().__init__()
-        self.spec, self.layout, self.name = spec, layout or Layout(), name
+        self.spec, self.name = spec, name
+        self.layout = layout or Layout(channel_axis=0 if shape else None)
         self.owner = name.rpartition(".")[0]
         self.grid: Grid = spec.grid
         # Used in the forward: stays the same object while only the bit width changes, or torch.compile would recompile.
         self.family: Grid = spec.grid
         self.enabled = True
         self.observer: Observer | None = None
-        self.stale = False  # the scale must be found anew before the next use
-        problem = spec.granularity.problem(shape, self.layout) if shape else None
+        problem = spec.granularity.problem(shape, self.layout)
         if problem:
             raise ValueError(f'{name}: {problem}, or exclude the layer with Rule("{name.rpartition(".")[0]}", None)')
-        self.register_buffer("grid_code", torch.tensor(self.grid.encode()))
-        self.register_buffer("lo", torch.tensor(self.grid.lo), persistent=False)
-        self.register_buffer("hi", torch.tensor(self.grid.hi), persistent=False)
+        self.calibrated = False
+        self.stale = self.stored and not self.layout.is_input  # the scale must be found anew before the next use
+        # Tensors, so that torch.compile does not specialize on them; on the CPU even when all else is on the meta device.
+        self.lo, self.hi = (_float32([bound], device="cpu")[0] for bound in self.grid.bounds)
         self._register_scale(spec.granularity.scale_shape(shape, self.layout) if shape else (1,))
         temperature = spec.gradient.temperature if isinstance(spec.gradient, LearnedSoft) else None
-        self.temperature = None if temperature is None else nn.Parameter(torch.tensor([temperature]))
+        self.temperature = None if temperature is None else nn.Parameter(_float32([temperature]))
 
     def _register_scale(self, shape: tuple[int, ...]) -> None:
         self.register_buffer("zero_point", None)
         if not self.stored:
             return
         if self.spec.scale.learned:
-            self.scale: nn.Parameter | Tensor = nn.Parameter(torch.ones(shape))
+            self.scale: nn.Parameter | Tensor = nn.Parameter(torch.ones(shape, dtype=torch.float32))
         else:
-            self.register_buffer("scale", torch.ones(shape))
+            self.register_buffer("scale", torch.ones(shape, dtype=torch.float32))
         if not self.grid.symmetric:
-            self.register_buffer("zero_point", torch.zeros(shape))
-        self.register_buffer("calibrated", torch.zeros(()))
+            self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.float32))
 
     @property
     def stored(self) -> bool:
@@ -99,8 +107,8 @@ class FakeQuantizer(nn.Module):
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether a stored scale was not found yet. Reads a tensor: not for hot paths."""
-        return self.stored and (self.stale or not bool(self.calibrated))
+        """Whether a stored scale was not found yet."""
+        return self.stored and (self.stale or not self.calibrated)
 
     def _bounds(self) -> Bounds:
         return Bounds(self.family, self.lo, self.hi, self.spec.torch_scale_dtype)
@@ -114,7 +122,8 @@ class FakeQuantizer(nn.Module):
         if self.stored:
             scale = self.scale
             scale = positive_scale(scale, self.spec.torch_scale_dtype) if self.learned else scale
-            zero_point = self.zero_point
+            # rounded: weight averaging of a constant is off by a few units in the last place
+            zero_point = None if self.zero_point is None else torch.round(self.zero_point)
         else:
             wide = sample.values if sample.values.dtype == torch.float64 else sample.values.float()
             scale, zero_point = self.spec.scale.find(Sample(wide, sample.dims), self._bounds())
@@ -135,7 +144,7 @@ class FakeQuantizer(nn.Module):
         out = fake_quantize(
             grouped, step, zero_point, lo=self.lo, hi=self.hi, rounding=self.family, rule=self.spec.gradient,
             learned=self.learned,
-            temperature=None if self.temperature is None else self.temperature.abs().clamp(min=_LEAST_TEMPERATURE),
+            temperature=None if self.temperature is None else bounded_temperature(self.temperature, *TEMPERATURE_RANGE),
         )  # fmt: skip
         return self.spec.granularity.ungroup(out, tuple(x.shape), self.layout)
 
@@ -163,28 +172,37 @@ class FakeQuantizer(nn.Module):
 
     @torch.no_grad()
     def find_scale(self, x: Tensor | None = None) -> None:
-        """Find a stored scale from a tensor, or from what the observer has seen.
+        """Find a stored scale from a tensor, or from what the observer has seen; non-finite values do not count.
 
         Raises:
             ValueError: an observer that saw no finite value.
         """
+        if self.stored:
+            sample = self._observed() if x is None else self._finite(x)
+            if sample.values.numel() > 0:
+                self._store(*self.spec.scale.find(sample, Bounds(self.grid, *self.grid.bounds, self._scale_dtype)))
+            self.calibrated = True
         self.stale = False
-        if not self.stored:
-            return
-        if x is None:
-            assert self.observer is not None, f"{self.name}: nothing to find a scale from"  # noqa: S101
-            sample = self.observer.sample()
-        else:
-            grouped, sample = self._sample(x.detach())
-            sample = Sample(grouped.float() if grouped.dtype in (torch.float16, torch.bfloat16) else grouped, sample.dims)
-        scale, zero_point = self.spec.scale.find(sample, Bounds(self.grid, self.grid.lo, self.grid.hi, self._dtype()))
-        self.scale.copy_(scale.reshape(self.scale.shape))
+
+    @property
+    def _scale_dtype(self) -> torch.dtype:
+        return self.spec.torch_scale_dtype
+
+    def _observed(self) -> Sample:
+        assert self.observer is not None, f"{self.name}: nothing to find a scale from"  # noqa: S101
+        if self.observer.num_batches == 0:
+            raise ValueError(f"{self.name}: calibration saw no finite value here; was the layer used on these batches?")
+        return self.observer.sample()
+
+    def _finite(self, x: Tensor) -> Sample:
+        grouped, sample = self._sample(x.detach())
+        wide = grouped if grouped.dtype == torch.float64 else grouped.float()
+        return Sample(torch.nan_to_num(wide, nan=0.0, posinf=0.0, neginf=0.0), sample.dims)
+
+    def _store(self, scale: Tensor, zero_point: Tensor | None) -> None:
+        self.scale.copy_(finish_scale(scale, self._scale_dtype).reshape(self.scale.shape))
         if zero_point is not None and self.zero_point is not None:
             self.zero_point.copy_(zero_point.reshape(self.zero_point.shape))
-        self.calibrated.fill_(1.0)
-
-    def _dtype(self) -> torch.dtype:
-        return self.spec.torch_scale_dtype
 
     def new_observer(self) -> Observer:
         """Return an observer that suits this quantizer's scale."""
@@ -196,16 +214,20 @@ class FakeQuantizer(nn.Module):
         """Change the grid. A stored scale keeps its value: find it anew where that is not wanted.
 
         Raises:
-            ValueError: a grid that needs a zero point where there is none, or the reverse.
+            ValueError: a grid that needs a zero point where there is none, or the reverse; a grid without meaning
+                for the scale of the spec.
         """
         if grid.symmetric != self.spec.grid.symmetric:
             raise ValueError(
-                f"{self.name}: cannot change from {self.grid!r} to {grid!r}: one has a zero point and the other has none"
+                f"{self.name}: cannot change from {self.grid!r} to {grid!r}: one has a zero point, the other has none"
             )
+        try:
+            replace(self.spec, grid=grid)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: cannot change from {self.grid!r} to {grid!r}: {error}") from None
         self.grid = grid
         if _without_bits(grid) != _without_bits(self.family):
             self.family = grid
-        self.grid_code.copy_(torch.tensor(grid.encode()))
         self.lo.fill_(grid.lo)
         self.hi.fill_(grid.hi)
 
@@ -220,11 +242,25 @@ class FakeQuantizer(nn.Module):
                 return out
             return torch.empty_like(tensor, device=out.device) if tensor.is_meta else tensor.to(out.device)
 
-        was_meta = self.grid_code.is_meta
-        super()._apply(keep_float32, recurse)
-        if was_meta and not self.grid_code.is_meta:  # to_empty() leaves garbage
+        was_meta = any(tensor.is_meta for tensor in (*self.parameters(), *self.buffers()))
+        super()._apply(keep_float32, recurse)  # type: ignore[no-untyped-call]
+        self.lo, self.hi = (bound if (moved := keep_float32(bound)).is_meta else moved for bound in (self.lo, self.hi))
+        self.set_grid(self.grid)  # to_empty() leaves garbage
+        if was_meta and not any(tensor.is_meta for tensor in (*self.parameters(), *self.buffers())):
             self.reset()
         return self
+
+    def get_extra_state(self) -> Tensor:
+        """Return the present grid and whether the scale was found, as a tensor of four numbers."""
+        return _float32([*self.grid.encode(), float(self.calibrated)], device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take over a grid."""
+        family, bits, parameter, calibrated = (float(value) for value in state)
+        if not torch.equal(state[:3].cpu(), _float32(self.grid.encode(), device="cpu")):  # float32 cannot hold 1 / 3
+            self.set_grid(decode_grid((family, bits, parameter)))
+        self.calibrated = bool(calibrated)
+        self.stale = self.stored and not self.calibrated and not self.layout.is_input
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -234,17 +270,13 @@ class FakeQuantizer(nn.Module):
             self.temperature.fill_(self.spec.gradient.temperature)
         if self.stored:
             self.scale.fill_(1.0)
-            self.calibrated.zero_()
+            self.calibrated = False
             self.stale = not self.layout.is_input
             if self.zero_point is not None:
                 self.zero_point.zero_()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        code = state_dict.get(f"{prefix}grid_code")
-        if code is None:  # a float checkpoint: the scale belongs to other weights now
+        if f"{prefix}_extra_state" not in state_dict:  # a float checkpoint: the scale belongs to other weights now
             self.reset()
             return
-        if not code.is_meta:
-            self.set_grid(decode_grid(tuple(float(v) for v in code)))  # type: ignore[arg-type]
-        self.stale = False
         super()._load_from_state_dict(state_dict, prefix, *args)
