@@ -111,7 +111,7 @@ def narrow(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Convert to the dtype of the latent values, saturating where float16 would overflow.
 
     >>> narrow(torch.tensor([1.0, -1e6]), torch.float16)
-    tensor([     1., -65504.], dtype=torch.float16)
+    tensor([ 1.0000e+00, -6.5504e+04], dtype=torch.float16)
     """
     if dtype == torch.float16:
         values = values.clamp(-65504.0, 65504.0)
@@ -139,7 +139,7 @@ class _FakeQuantize(torch.autograd.Function):
             ctx.save_for_backward()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if not ctx.saved_tensors:
             return (grad, *(None,) * 8)
@@ -192,25 +192,25 @@ def fake_quantize(
         learned: whether scale takes the LSQ gradient; the clip mask then applies to the gradient of x, too.
         temperature: parameter of a rule that learns one, shape [1].
     """
-    return _FakeQuantize.apply(x, scale, zero_point, temperature, lo, hi, rounding, rule, learned)  # type: ignore[no-any-return]
+    return _FakeQuantize.apply(x, scale, zero_point, temperature, lo, hi, rounding, rule, learned)  # type: ignore[no-any-return, no-untyped-call]
 
 
-class _PositiveScale(torch.autograd.Function):
-    """max(|s|, floor), rounded to a storage dtype; the gradient stays alive at the floor."""
+class _Corrected(torch.autograd.Function):
+    """A corrected magnitude in the forward, the gradient of the plain magnitude: it stays alive at the bounds."""
 
     @staticmethod
-    def forward(scale: Tensor, dtype: torch.dtype) -> Tensor:
-        return finish_scale(scale.abs(), dtype)
+    def forward(value: Tensor, corrected: Tensor) -> Tensor:
+        return corrected.clone()
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(inputs[0])
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
-        (scale,) = ctx.saved_tensors
-        return torch.where(scale < 0, -grad, grad), None
+        (value,) = ctx.saved_tensors
+        return torch.where(value < 0, -grad, grad), None
 
 
 def finish_scale(scale: Tensor, dtype: torch.dtype = torch.float32, *, largest: float = 2.0**118) -> Tensor:
@@ -238,4 +238,15 @@ def positive_scale(scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     >>> positive_scale(torch.tensor([-0.5, 0.25]))
     tensor([0.5000, 0.2500])
     """
-    return _PositiveScale.apply(scale, dtype)  # type: ignore[no-any-return]
+    corrected = finish_scale(scale.detach().abs(), dtype)
+    return _Corrected.apply(scale, corrected)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def bounded_temperature(temperature: Tensor, least: float, largest: float) -> Tensor:
+    r"""Return :math:`|t|` of a learned temperature, clamped, with a gradient that lives on outside the bounds.
+
+    >>> bounded_temperature(torch.tensor([-0.5, 0.0]), 0.03, 1000.0)
+    tensor([0.5000, 0.0300])
+    """
+    corrected = torch.nan_to_num(temperature.detach().abs(), nan=least).clamp(least, largest)
+    return _Corrected.apply(temperature, corrected)  # type: ignore[no-any-return, no-untyped-call]

@@ -27,7 +27,7 @@ def walsh_hadamard(x: Tensor) -> Tensor:
     """
     size = x.shape[-1]
     if size < 1 or size & (size - 1):
-        raise ValueError(f"walsh_hadamard: the last dimension is {size}; it must be a power of two (or use hadamard_rotate)")
+        raise ValueError(f"walsh_hadamard: the last dimension, {size}, is no power of two; use hadamard_rotate")
     shape, half = x.shape, 1
     while half < size:
         pairs = x.reshape(*shape[:-1], size // (2 * half), 2, half)

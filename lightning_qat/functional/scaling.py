@@ -244,14 +244,13 @@ def entropy_scale(sample: Sample, grid: GridLike, dtype: torch.dtype) -> tuple[T
 
 
 def _histogram(sample: Sample, bins: int = 256) -> tuple[Tensor, Tensor]:
-    """Return (bin centers, mass) per group, [groups, bins]; a histogram is passed through."""
-    if sample.counts is not None:
-        return sample.values.reshape(1, -1), sample.counts.reshape(1, -1)
+    """Return (bin centers, mass) per group, [groups, bins]."""
     rows, _ = _rows(torch.nan_to_num(sample.values.float()), sample.dims)
+    weight = torch.ones_like(rows) if sample.counts is None else sample.counts.reshape(1, -1)
     amax = rows.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     index = ((rows / amax + 1) * (bins / 2)).long().clamp(0, bins - 1)
-    mass = torch.zeros(rows.shape[0], bins, device=rows.device).scatter_add_(1, index, torch.ones_like(rows))
-    centers = (torch.arange(bins, device=rows.device) + 0.5) * (2 / bins) - 1
+    mass = weight.new_zeros(rows.shape[0], bins).scatter_add_(1, index, weight)
+    centers = (torch.arange(bins, dtype=torch.float32, device=rows.device) + 0.5) * (2 / bins) - 1
     return centers * amax, mass
 
 

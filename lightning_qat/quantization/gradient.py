@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import ClassVar, Final, final
 
 import torch
 from torch import Tensor
@@ -11,11 +11,14 @@ from typing_extensions import override
 from lightning_qat.functional.fake_quantize import Point
 from lightning_qat.functional.gradients import elementwise_scaling, staircase_slope, staircase_temperature_slope
 
+TEMPERATURE_RANGE: Final = (0.03, 1000.0)
+"""Learned temperatures stay within: below, the slope underflows inside the cells; above, it is 1 within float32."""
+
 
 class Gradient(ABC):
     """How the gradient g with respect to the quantized value reaches the latent value."""
 
-    needs_input: bool = True
+    needs_input: ClassVar[bool] = True
     learned_temperature: ClassVar[bool] = False
 
     @abstractmethod
@@ -58,7 +61,7 @@ class StraightThrough(Gradient):
 @final
 @dataclass(frozen=True)
 class Clipped(Gradient):
-    """g inside the clip range lo..hi, or where \\|x\\| <= threshold if one is given; else 0.
+    r"""g inside the clip range lo..hi, or where :math:`|x|` <= threshold if one is given; else 0.
 
     Args:
         threshold: bound in units of x, positive; None takes the grid's own clip range.
@@ -111,7 +114,10 @@ class LearnedSoft(Gradient):
     for scales (our choice: without it the step would depend on the size of the layer).
 
     Args:
-        temperature: start value, positive.
+        temperature: start value, 0.03 to 1000; training does not leave this range.
+
+    Raises:
+        ValueError: temperature outside 0.03..1000.
 
     Source: DSQ, arXiv:1908.05033 section 3.2.
     """
@@ -120,7 +126,11 @@ class LearnedSoft(Gradient):
     learned_temperature: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _check_positive("LearnedSoft", "temperature", self.temperature)
+        least, largest = TEMPERATURE_RANGE
+        if not least <= self.temperature <= largest:
+            raise ValueError(
+                f"LearnedSoft: temperature={self.temperature} is not allowed; choose one from {least} to {largest:g}"
+            )
 
     @override
     def input_gradient(self, grad: Tensor, point: Point) -> Tensor:

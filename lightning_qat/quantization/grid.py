@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import ClassVar, Final, final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -12,12 +12,10 @@ from typing_extensions import override
 from lightning_qat.functional.rounding import round_binary, round_ternary, round_uniform
 
 
-def _check_bits(owner: str, bits: int, allowed: range) -> None:
-    if not isinstance(bits, int) or isinstance(bits, bool) or bits not in allowed:
-        raise ValueError(
-            f"{owner}: bits={bits!r} is not allowed; choose an integer from {allowed.start} to {allowed.stop - 1}"
-            + (" (for 1 bit use Binary(), for 1.58 bits Ternary())" if allowed.start == 2 else "")
-        )
+def _check_integer(where: str, value: int, largest: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not 2 <= value <= largest:
+        hint = " (for 1 bit use Binary(), for 1.58 bits Ternary())" if where.endswith("bits") else ""
+        raise ValueError(f"{where}={value!r} is not allowed; choose an integer from 2 to {largest}{hint}")
 
 
 class Grid(ABC):
@@ -71,8 +69,8 @@ class Grid(ABC):
         return shifted - torch.floor(shifted) - 0.5
 
     def absmax_scale(self, amax: Tensor, lo: Tensor | float, hi: Tensor | float) -> Tensor:
-        """Return the scale at which the largest absolute value falls on the end of the grid."""
-        return amax / -lo
+        """Return the scale at which amax falls on the end of the grid (of half-integers: half a step further out)."""
+        return amax / (self.offset - lo)
 
     def absmean_scale(self, mean: Tensor, hi: Tensor | float) -> Tensor:
         r"""Return :math:`2 mean / \sqrt{hi}`, the start of LSQ (arXiv:1902.08153 section 2.1)."""
@@ -117,7 +115,7 @@ class Int(Grid):
     symmetric: bool = True
 
     def __post_init__(self) -> None:
-        _check_bits("Int", self.bits, range(2, 9))
+        _check_integer("Int: bits", self.bits, 8)
         if self.narrow and not self.symmetric:
             raise ValueError("Int: narrow=True needs symmetric=True; an asymmetric grid already uses every code")
 
@@ -197,7 +195,7 @@ class Ternary(Grid):
 
     def __post_init__(self) -> None:
         if not 0 < self.threshold < 1:
-            raise ValueError(f"Ternary: threshold={self.threshold} is not allowed; choose a value in (0, 1), default 0.5")
+            raise ValueError(f"Ternary: threshold={self.threshold} is not allowed; choose one in (0, 1) such as 0.5")
 
     @property
     @override
@@ -252,7 +250,7 @@ class HalfInt(Grid):
     offset: ClassVar[float] = 0.5
 
     def __post_init__(self) -> None:
-        _check_bits("HalfInt", self.bits, range(2, 9))
+        _check_integer("HalfInt: bits", self.bits, 8)
 
     @property
     @override
@@ -263,10 +261,6 @@ class HalfInt(Grid):
     @override
     def label(self) -> str:
         return f"halfint{self.bits}"
-
-    @override
-    def absmax_scale(self, amax: Tensor, lo: Tensor | float, hi: Tensor | float) -> Tensor:
-        return amax / (hi + 0.5)
 
     @override
     def encode(self) -> tuple[float, float, float]:
@@ -293,9 +287,8 @@ class Pi(Grid):
     k: int
 
     def __post_init__(self) -> None:
-        _check_bits("Pi", self.bits, range(2, 6))
-        if not isinstance(self.k, int) or isinstance(self.k, bool) or not 2 <= self.k <= 5:
-            raise ValueError(f"Pi: k={self.k!r} is not allowed; choose an integer from 2 to 5")
+        _check_integer("Pi: bits", self.bits, 5)
+        _check_integer("Pi: k", self.k, 5)
 
     @property
     @override
@@ -317,9 +310,6 @@ class Pi(Grid):
         return (4.0, float(self.bits), float(self.k))
 
 
-_FAMILIES: Final = ("Int", "Binary", "Ternary", "HalfInt", "Pi")
-
-
 def decode_grid(values: tuple[float, float, float]) -> Grid:
     """Return the grid that :meth:`Grid.encode` described.
 
@@ -334,14 +324,13 @@ def decode_grid(values: tuple[float, float, float]) -> Grid:
         return Int(bits, narrow=bool(int(parameter) & 1), symmetric=not int(parameter) & 2)
     if family == 1:
         return Binary()
-    if family == 2:
-        # float32 storage: give back the decimal that was typed
+    if family == 2:  # stored in float32: give back the decimal that was typed
         return Ternary(round(parameter, 6))
     if family == 3:
         return HalfInt(bits)
     if family == 4:
         return Pi(bits, int(parameter))
-    raise ValueError(f"grid family {family} is unknown; this version knows {dict(enumerate(_FAMILIES))}")
+    raise ValueError(f"grid family {family} is unknown; this version knows 0 (Int) to 4 (Pi)")
 
 
 def with_bits(grid: Grid, bits: int) -> Grid:

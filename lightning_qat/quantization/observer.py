@@ -10,6 +10,8 @@ from torch import Tensor
 from lightning_qat.functional.scaling import Sample
 
 _BINS: Final = 4096
+_CHUNK: Final = 1 << 22  # values counted at a time: their indices take 8 bytes each
+_LEAST_EXPONENT: Final = -99  # the range where every value is zero; scales are never smaller
 
 
 @final
@@ -42,10 +44,16 @@ class Observer:
         self.num_batches += 1
         past = self.average_amax if self.num_batches > 1 else amax
         self.average_amax = self.momentum * past + (1 - self.momentum) * amax
-        self._widen(math.frexp(amax)[1] if amax > 0 else -99)
+        self._widen(max(math.frexp(amax)[1], _LEAST_EXPONENT) if amax > 0 else _LEAST_EXPONENT)
+        for part in values.split(_CHUNK):
+            self.counts += self._count(part)
+
+    def _count(self, values: Tensor) -> Tensor:
+        """Count values per bin, exactly: torch.histc rounds at the borders of bins and stops counting at 2**24."""
         assert self.exponent is not None  # noqa: S101 - set by _widen
-        limit = 2.0**self.exponent
-        self.counts += torch.histc(values, _BINS, -limit, limit).double().cpu()
+        bins_per_unit = math.ldexp(_BINS / 2, -self.exponent)
+        index = torch.floor(values * bins_per_unit).long() + _BINS // 2
+        return torch.bincount(index, minlength=_BINS).double().cpu()
 
     def _widen(self, exponent: int) -> None:
         """Merge pairs of bins around the center until the range is 2**exponent."""
@@ -92,5 +100,5 @@ class Observer:
         centers = (torch.arange(_BINS, dtype=torch.float64) + 0.5) * (2 * limit / _BINS) - limit
         filled = self.counts > 0
         values = centers[filled].clamp(self.minimum, self.maximum).float()
-        limits = torch.tensor([self.minimum]), torch.tensor([self.maximum])
-        return Sample(values, (0,), self.counts[filled], limits, torch.tensor([self.average_amax]))
+        numbers = torch.tensor([[self.minimum], [self.maximum], [self.average_amax]], dtype=torch.float32)
+        return Sample(values, (0,), self.counts[filled], (numbers[0], numbers[1]), numbers[2])

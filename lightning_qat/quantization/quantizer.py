@@ -37,10 +37,10 @@ def _float32(values: Sequence[float], device: str | None = None) -> Tensor:
 class FakeQuantizer(nn.Module):
     """Replaces a tensor by the nearest values of a grid; the gradient passes as the spec says.
 
-    State: for stored scales ``scale`` (a parameter if learned) and ``zero_point`` (asymmetric grids), for ``LearnedSoft``
-    ``temperature``, and a small tensor that encodes the present grid, so that a checkpoint knows its bit width. The grid
-    and its bounds are no buffers: weight averaging would average them. All of it is float32 and stays so under
-    ``.to(bfloat16)``, ``.half()`` and ``.double()``.
+    State: for stored scales ``scale`` (a parameter if learned) and ``zero_point`` (asymmetric grids), for
+    ``LearnedSoft`` ``temperature``, and a small tensor that encodes the present grid, so that a checkpoint knows its
+    bit width. The grid and its bounds are no buffers: weight averaging would average them. All of it is float32 and
+    stays so under ``.to(bfloat16)``, ``.half()`` and ``.double()``.
 
     Args:
         spec: grid, granularity, scale and gradient.
@@ -78,7 +78,7 @@ class FakeQuantizer(nn.Module):
             raise ValueError(f'{name}: {problem}, or exclude the layer with Rule("{name.rpartition(".")[0]}", None)')
         self.calibrated = False
         self.stale = self.stored and not self.layout.is_input  # the scale must be found anew before the next use
-        # Tensors, so that torch.compile does not specialize on them; on the CPU even when all else is on the meta device.
+        # Tensors, so that torch.compile does not specialize on them; on the CPU even where all else is on meta.
         self.lo, self.hi = (_float32([bound], device="cpu")[0] for bound in self.grid.bounds)
         self._register_scale(spec.granularity.scale_shape(shape, self.layout) if shape else (1,))
         temperature = spec.gradient.temperature if isinstance(spec.gradient, LearnedSoft) else None

@@ -35,7 +35,7 @@ class Scale(ABC):
 
     recomputed: ClassVar[bool] = False
     learned: ClassVar[bool] = False
-    takes_zero_point: bool = True
+    takes_zero_point: ClassVar[bool] = True
 
     @abstractmethod
     def find(self, sample: Sample, bounds: Bounds) -> tuple[Tensor, Tensor | None]:

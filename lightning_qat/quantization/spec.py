@@ -48,7 +48,10 @@ class QuantizerSpec:
     scale_dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        _check_type("QuantizerSpec: grid", self.grid, Grid, "Int(bits), Binary(), Ternary(), HalfInt(bits), Pi(bits, k)")
+        _check_type(
+            "QuantizerSpec: grid", self.grid, Grid,
+            "Int(bits), Binary(), Ternary(), HalfInt(bits), Pi(bits, k)",
+        )  # fmt: skip
         _check_type(
             "QuantizerSpec: granularity", self.granularity, Granularity,
             "PerTensor(), PerChannel(), PerToken(), PerGroup(size)",
@@ -73,8 +76,8 @@ class QuantizerSpec:
             )
         if not self.grid.symmetric and not self.scale.takes_zero_point:
             raise ValueError(
-                f"QuantizerSpec: {self.scale!r} finds no zero point for {self.grid!r}; asymmetric grids go with AbsMax(), "
-                "Percentile(q), MinimumError(), Entropy() and Learned(init=one of these)"
+                f"QuantizerSpec: {self.scale!r} finds no zero point for {self.grid!r}; asymmetric grids go with "
+                "AbsMax(), Percentile(q), MinimumError(), Entropy() and Learned(init=one of these)"
             )
         start = self.scale.init if isinstance(self.scale, Learned) else self.scale
         if isinstance(self.grid, Binary) and isinstance(start, Entropy):
@@ -125,10 +128,13 @@ class LayerSpec:
         for name, spec in (("weight", self.weight), ("input", self.input)):
             if spec is not None:
                 _check_type(f"LayerSpec: {name}", spec, QuantizerSpec, "QuantizerSpec(...), None")
+        _check_type("LayerSpec: transforms", self.transforms, tuple, "a tuple of Center(), Hadamard(seed), Normalize()")
         for transform in self.transforms:
             _check_type("LayerSpec: transforms", transform, Transform, "Center(), Hadamard(seed), Normalize()")
         if self.weight is None and self.input is None:
-            raise ValueError("LayerSpec: neither weight nor input is given; to leave a layer in float use Rule(..., None)")
+            raise ValueError(
+                "LayerSpec: neither weight nor input is given; to leave a layer in float use Rule(..., None)"
+            )
         if self.weight is not None and not self.weight.granularity.for_weights:
             raise ValueError(
                 f"LayerSpec: weight.granularity={self.weight.granularity!r} has no meaning for a weight, which has no "
@@ -141,8 +147,8 @@ class LayerSpec:
             return
         if not self.input.granularity.for_inputs:
             raise ValueError(
-                f"LayerSpec: input.granularity={self.input.granularity!r} would scale the dimension that is summed over; "
-                "choose PerTensor(), PerToken() or PerGroup(size)"
+                f"LayerSpec: input.granularity={self.input.granularity!r} would scale the dimension that is summed "
+                "over; choose PerTensor(), PerToken() or PerGroup(size)"
             )
         if isinstance(self.input.granularity, PerGroup) and not isinstance(self.input.scale, AbsMax | AbsMean):
             raise ValueError(

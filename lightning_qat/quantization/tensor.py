@@ -1,12 +1,12 @@
 """Integer codes with everything needed to read them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import final
 
 import torch
 from torch import Tensor
 
-from lightning_qat.functional.fake_quantize import dequantize
+from lightning_qat.functional.fake_quantize import dequantize, narrow
 from lightning_qat.quantization.granularity import Granularity, Layout
 from lightning_qat.quantization.grid import Grid
 
@@ -33,15 +33,15 @@ class QuantizedTensor:
     offset: float
     grid: Grid
     granularity: Granularity
-    layout: Layout = Layout()
+    layout: Layout = field(default_factory=Layout)
     dtype: torch.dtype = torch.float32
 
     def dequantize(self) -> Tensor:
         """Return the weight, equal bit for bit to the fake-quantized weight of the model."""
-        levels = self.granularity.group(self.codes, self.layout).to(self.scale.dtype)
-        levels = levels + self.offset if self.offset else levels
-        values = dequantize(levels, self.scale, self.zero_point)
-        return self.granularity.ungroup(values, tuple(self.codes.shape), self.layout).to(self.dtype)
+        wide = torch.float64 if self.dtype == torch.float64 else torch.float32  # as in the forward
+        levels = self.granularity.group(self.codes, self.layout).to(wide) + self.offset
+        values = narrow(dequantize(levels, self.scale, self.zero_point), self.dtype)
+        return self.granularity.ungroup(values, tuple(self.codes.shape), self.layout)
 
     @property
     def num_bytes(self) -> int:

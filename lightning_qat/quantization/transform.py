@@ -57,12 +57,19 @@ class Hadamard(Transform):
     """Rotate the input dimension of weight and input by the same random orthogonal matrix: equal in float, less spiky.
 
     Args:
-        seed: of the random signs.
+        seed: of the random signs, an integer.
+
+    Raises:
+        TypeError: seed is no integer.
 
     Source: QuIP#, arXiv:2402.04396; QuaRot, arXiv:2404.00456.
     """
 
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise TypeError(f"Hadamard: seed={self.seed!r} is not an integer; choose one such as 0")
 
     @override
     def build(self, in_features: int) -> TransformModule:
@@ -80,7 +87,10 @@ class Normalize(Transform):
     """Normalize each token of the input to unit root mean square, without parameters, before it is quantized.
 
     Args:
-        eps: added to the mean square, positive.
+        eps: added to the mean square, positive and finite.
+
+    Raises:
+        ValueError: eps that is not positive or not finite.
 
     Source: the normalization inside BitLinear, arXiv:2310.11453 section 2.1 (there LayerNorm), arXiv:2402.17764.
     """
@@ -88,7 +98,7 @@ class Normalize(Transform):
     eps: float = 1e-5
 
     def __post_init__(self) -> None:
-        if not self.eps > 0:
+        if not 0 < self.eps < float("inf"):
             raise ValueError(f"Normalize: eps={self.eps} is not allowed; choose a positive value such as 1e-5")
 
     @override
@@ -100,7 +110,8 @@ class Normalize(Transform):
 class _Centering(TransformModule):
     @override
     def weight(self, weight: Tensor) -> Tensor:
-        return weight - weight.mean()
+        wide = weight if weight.dtype == torch.float64 else weight.float()
+        return (wide - wide.mean()).to(weight.dtype)
 
 
 @final
@@ -110,12 +121,13 @@ class _Rotation(TransformModule):
     def __init__(self, size: int, seed: int) -> None:
         super().__init__()
         self.seed = seed
-        self.register_buffer("signs", random_signs(size, seed), persistent=False)
+        # On the device of the context: on meta, to_empty() must know that there were no values to keep.
+        self.register_buffer("signs", random_signs(size, seed).to(torch.get_default_device()), persistent=False)
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         was_meta = self.signs.is_meta
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if was_meta and not self.signs.is_meta:  # to_empty() leaves garbage where signs belong
             self.signs.copy_(random_signs(self.signs.numel(), self.seed))
         return self
