@@ -1,7 +1,7 @@
 """Penalties on latent weights that prepare them for their grid.
 
 Each is a function of the tensors that a quantizer holds: `latent` (the full-precision weight), `quantized` (its
-fake-quantized value), `codes` (integers, in steps of the scale, zero point already taken off), `scale`. What each is
+fake-quantized value), its `levels` (the value in steps of the scale, zero point taken off), `scale`. What each is
 for:
 
 - `grid_distance`: pulls every weight to its level, so that quantization changes less and less.
@@ -51,43 +51,44 @@ def grid_distance(latent: Tensor, quantized: Tensor, *, scale: Tensor | float) -
     return ((full_precision(latent) - full_precision(quantized.detach())) / step).square().mean()
 
 
-def bin_regularization(latent: Tensor, codes: Tensor, *, scale: Tensor | float, lo: float, hi: float) -> Tensor:
+def bin_regularization(latent: Tensor, levels: Tensor, *, scale: Tensor | float, lo: float, hi: float) -> Tensor:
     """Return the squared distance of weights from their levels, averaged within each level and summed over levels.
 
-    sum over levels i that hold weights of (mean(w_i) - target_i)^2 + var(w_i), target = codes * scale. With the
+    sum over levels i that hold weights of (mean(w_i) - target_i)^2 + var(w_i), target = level * scale. With the
     variance of the population the two terms are together the mean of (w - target)^2 over the level's weights, which
     is how it is computed, and which also serves scales per channel. A level with one weight has variance 0.
 
     Args:
         latent: Full-precision weight, any shape.
-        codes: Its codes lo .. hi (integers or half-integers, in any dtype), zero point taken off, the same shape.
+        levels: The level lo .. hi of each weight in steps of the scale (integers or half-integers, in any dtype, zero
+            point taken off), the same shape.
         scale: Step of the grid, > 0, broadcastable to the weight. Gets the gradient of the first term, as in the
             paper; detach it to keep it out.
-        lo: Smallest code.
-        hi: Largest code.
+        lo: Smallest level.
+        hi: Largest level.
 
     Returns:
         A scalar >= 0, float32 or float64.
 
     Raises:
         ValueError: Shapes do not match, or lo >= hi.
-        RuntimeError: A code lies outside lo..hi (torch's index error).
+        RuntimeError: A level lies outside lo..hi (torch's index error).
 
     Source: Han et al., Improving Low-Precision Network Quantization via Bin Regularization, ICCV 2021, eq. 5 (one
     layer; the paper sums over layers, and starts the penalty only once learned scales have settled).
 
     Example:
-        >>> weight, codes = torch.tensor([0.1, -0.1, 1.2]), torch.tensor([0, 0, 1])
-        >>> bin_regularization(weight, codes, scale=1.0, lo=-2, hi=1)
+        >>> weight, levels = torch.tensor([0.1, -0.1, 1.2]), torch.tensor([0, 0, 1])
+        >>> bin_regularization(weight, levels, scale=1.0, lo=-2, hi=1)
         tensor(0.0500)
     """
-    check_equal_shapes(latent, codes, names=("latent", "codes"), hint="give a weight and its own codes")
+    check_equal_shapes(latent, levels, names=("latent", "levels"), hint="give a weight and its own levels")
     if not lo < hi:
         raise ValueError(f"lo={lo}, hi={hi}; expected lo < hi")
     weight = full_precision(latent)
-    squares = (weight - codes.detach().to(weight.dtype) * scale).square().flatten()
-    # In float first: an int8 code minus -128 would wrap around.
-    bins = (codes.detach().to(weight.dtype) - lo).long().flatten()
+    squares = (weight - levels.detach().to(weight.dtype) * scale).square().flatten()
+    # In float first: an int8 level minus -128 would wrap around.
+    bins = (levels.detach().to(weight.dtype) - lo).long().flatten()
     # Counted in integers, then summed over weights: exact counts beyond 2^24 and a deterministic sum on accelerators.
     one = torch.ones((), dtype=torch.int64, device=bins.device)
     counts = torch.zeros(int(hi - lo) + 1, dtype=torch.int64, device=bins.device)

@@ -167,7 +167,7 @@ def test_errors() -> None:
         losses.grid_distance(latent, codes[:, 1:], scale=scale)
     with pytest.raises(ValueError, match=r"quantized has shape \[4, 30\]"):
         losses.oscillation_dampening(latent, codes[1:], lower=-1.0, upper=1.0)
-    with pytest.raises(ValueError, match=r"codes has shape \[4, 30\]"):
+    with pytest.raises(ValueError, match=r"levels has shape \[4, 30\]"):
         losses.bin_regularization(latent, codes[1:], scale=scale, lo=LO, hi=HI)
     with pytest.raises(ValueError, match="expected lo < hi"):
         losses.bin_regularization(latent, codes, scale=scale, lo=1, hi=1)
