@@ -1,5 +1,6 @@
 """Quantization-aware training for PyTorch Lightning: one callback, any model, exact export."""
 
+from lightning_qat.callbacks import Calibration, QATCallback
 from lightning_qat.conversion import (
     ConversionReport,
     bake,
@@ -50,6 +51,7 @@ __all__ = [
     "AbsMax",
     "AbsMean",
     "Binary",
+    "Calibration",
     "Center",
     "Clipped",
     "ConversionReport",
@@ -71,6 +73,7 @@ __all__ = [
     "PerToken",
     "Percentile",
     "Pi",
+    "QATCallback",
     "QuantizedTensor",
     "QuantizerSpec",
     "Recipe",

@@ -1,0 +1,6 @@
+"""Callbacks: each does one thing and composes with the others."""
+
+from lightning_qat.callbacks.calibration import Calibration
+from lightning_qat.callbacks.qat import QATCallback
+
+__all__ = ["Calibration", "QATCallback"]

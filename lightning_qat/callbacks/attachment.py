@@ -1,0 +1,152 @@
+"""Attachment: how callbacks act where Lightning has no hook for callbacks.
+
+Between ``setup`` and the restoring of a checkpoint, and while optimizers are being built, only methods of the
+LightningModule run. While our callbacks are attached, the module's class is a cached subclass of its own class that calls
+the user's method and then asks the callbacks of the trainer. Nothing is stored on the module: a copy without a trainer
+behaves as the user wrote it.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any, Final
+
+import lightning.pytorch as pl
+from torch import Tensor
+
+_BASE: Final = "_attachment_base"
+
+
+class ModuleHooks:
+    """What a callback may add to the methods of a LightningModule; a mixin whose methods do nothing by default."""
+
+    def layers_created(self, pl_module: "pl.LightningModule") -> None:
+        """Called after ``setup`` and ``configure_model`` of the module, before a checkpoint is restored."""
+
+    def building_optimizers(self, pl_module: "pl.LightningModule") -> AbstractContextManager[Any]:
+        """Return a context in which ``configure_optimizers`` runs."""
+        return nullcontext()
+
+    def loading_checkpoint(self, pl_module: "pl.LightningModule", checkpoint: dict[str, Any]) -> None:
+        """Called before the weights of a checkpoint are restored."""
+
+    def running_training_step(self, pl_module: "pl.LightningModule") -> AbstractContextManager[Any]:
+        """Return a context in which ``training_step`` runs."""
+        return nullcontext()
+
+    def training_step_done(self, pl_module: "pl.LightningModule", output: Any) -> Any:
+        """Return the output of ``training_step``, possibly with a loss added."""
+        return output
+
+    def before_manual_backward(self, pl_module: "pl.LightningModule", loss: Tensor) -> Tensor:
+        """Return the loss that ``manual_backward`` differentiates."""
+        return loss
+
+
+def attach(pl_module: "pl.LightningModule") -> None:
+    """Let the callbacks of the module's trainer take part in its methods; again is a no-op."""
+    if not is_attached(pl_module):
+        pl_module.__class__ = _attached_class(type(pl_module))
+
+
+def detach(pl_module: "pl.LightningModule") -> None:
+    """Give the module its own class back."""
+    if _BASE in vars(type(pl_module)):
+        pl_module.__class__ = getattr(type(pl_module), _BASE)
+
+
+def is_attached(pl_module: "pl.LightningModule") -> bool:
+    """Whether callbacks take part in the module's methods."""
+    return hasattr(type(pl_module), _BASE)
+
+
+def _hooks(pl_module: "pl.LightningModule") -> Iterator[ModuleHooks]:
+    trainer = pl_module._trainer
+    return (callback for callback in getattr(trainer, "callbacks", ()) if isinstance(callback, ModuleHooks))
+
+
+def _setup(base: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(base)
+    def setup(self: "pl.LightningModule", *args: Any, **kwargs: Any) -> None:
+        base(self, *args, **kwargs)
+        for hook in _hooks(self):
+            hook.layers_created(self)
+
+    return setup
+
+
+def _configure_optimizers(base: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(base)
+    def configure_optimizers(self: "pl.LightningModule") -> Any:
+        with ExitStack() as stack:
+            for hook in _hooks(self):
+                stack.enter_context(hook.building_optimizers(self))
+            return base(self)
+
+    return configure_optimizers
+
+
+def _on_load_checkpoint(base: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(base)
+    def on_load_checkpoint(self: "pl.LightningModule", checkpoint: dict[str, Any]) -> None:
+        for hook in _hooks(self):
+            hook.loading_checkpoint(self, checkpoint)
+        base(self, checkpoint)
+
+    return on_load_checkpoint
+
+
+def _training_step(base: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(base)
+    def training_step(self: "pl.LightningModule", *args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as stack:
+            for hook in _hooks(self):
+                stack.enter_context(hook.running_training_step(self))
+            output = base(self, *args, **kwargs)
+            for hook in _hooks(self):
+                output = hook.training_step_done(self, output)
+        return output
+
+    return training_step
+
+
+def _manual_backward(base: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(base)
+    def manual_backward(self: "pl.LightningModule", loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        for hook in _hooks(self):
+            loss = hook.before_manual_backward(self, loss)
+        base(self, loss, *args, **kwargs)
+
+    return manual_backward
+
+
+_WRAPPERS: Final[dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]]] = {
+    "setup": _setup,
+    "configure_model": _setup,
+    "configure_optimizers": _configure_optimizers,
+    "on_load_checkpoint": _on_load_checkpoint,
+    "training_step": _training_step,
+    "manual_backward": _manual_backward,
+}
+
+
+@functools.cache
+def _attached_class(base: type["pl.LightningModule"]) -> type["pl.LightningModule"]:
+    # functools.wraps keeps signatures, and lets Lightning see whether the user overrides a method.
+    namespace: dict[str, Any] = {name: wrap(getattr(base, name)) for name, wrap in _WRAPPERS.items()}
+    namespace |= {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "__reduce_ex__": _reduce,
+        _BASE: base,
+    }
+    return type(base.__name__, (base,), namespace)
+
+
+def _reduce(self: "pl.LightningModule", protocol: Any) -> Any:
+    return _rebuild, (getattr(type(self), _BASE),), self.__getstate__()
+
+
+def _rebuild(base: type["pl.LightningModule"]) -> "pl.LightningModule":
+    return base.__new__(base)
