@@ -231,7 +231,7 @@ class ByFraction(Schedule):
                 "set max_epochs or max_steps of the Trainer, or give positions with Staircase"
             )
         stages = cast(tuple[tuple[float, Precision], ...], self.stages)
-        # Through the decimal text: 0.1 of 30 is 3, while 0.1 * 30 rounds up to 3.0000000000000004 and would begin at 4.
+        # Through the decimal text: 0.55 of 100 is 55, while 0.55 * 100 is 55.00000000000001 and would begin at 56.
         positions = (math.ceil(Fraction(repr(fraction)) * int(total)) for fraction, _ in stages)
         return tuple(dict(zip(positions, (value for _, value in stages), strict=True)).items())
 

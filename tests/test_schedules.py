@@ -101,12 +101,12 @@ def test_linear_intervals_are_equal() -> None:
     assert starts == [0, 1000, 2000, 3000, 4000, 5000, 6000]
 
 
-@pytest.mark.parametrize("total", range(1, 60))
+@pytest.mark.parametrize("total", [1, 7, 10, 60, 100, 1000, 12345])
 def test_fractions_are_decimal(total: int) -> None:
-    """A tenth of 30 is 3: the binary value of 0.1 must not decide."""
-    schedule = ByFraction({tenth / 10: 8 - tenth for tenth in range(8)})
-    for position in range(total):
-        assert schedule.value_at(position, total) == 8 - min(10 * position // total, 7)
+    """55 % of 100 is 55: the binary value of 0.55, a little more, must not decide."""
+    for percent in range(1, 100):
+        first = -(-percent * total // 100)
+        assert ByFraction({0.0: 8, percent / 100: 4}).changes(total)[-1] == (first, 4)
 
 
 @pytest.mark.parametrize("schedule", EXAMPLES, ids=repr)

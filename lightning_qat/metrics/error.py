@@ -113,7 +113,7 @@ class ErrorMetric(Metric, ABC):
             quantized: Fake-quantized values, the same shape.
         """
         sums = _sums(latent, quantized)
-        # Out of place throughout: states made under inference mode may not be written to outside of it.
+        # Out of place throughout: a state that was reset under inference mode may not be written to outside of it.
         self.noise = self.noise + sums.noise.to(self.noise.dtype)
         self.signal = self.signal + sums.signal.to(self.signal.dtype)
         self.count = self.count + sums.num_values

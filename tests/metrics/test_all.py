@@ -103,7 +103,11 @@ def test_no_graph_is_kept(case: Case) -> None:
 
 @each_case
 def test_inference_mode_and_training_mix(case: Case) -> None:
-    metric = updated(case, case.updates[:1])
+    metric = fresh(case)
+    with torch.inference_mode():
+        metric.reset()
+    args, kwargs = case.updates[0]
+    metric.update(*args, **kwargs)
     with torch.inference_mode():
         args, kwargs = case.updates[1]
         metric.update(*args, **kwargs)
@@ -127,6 +131,37 @@ def test_half_precision_is_read_in_float32(case: Case, dtype: torch.dtype) -> No
     assert plain(updated(case, halves).compute()) == plain(updated(case, wide).compute())
 
 
+@each_case
+def test_nothing_waits_for_the_device(case: Case) -> None:
+    """On the meta device nothing can look at data, as nothing may that has to wait for an accelerator."""
+
+    def meta(value: Any) -> Any:
+        return value.to("meta") if isinstance(value, torch.Tensor) else value
+
+    metric = fresh(case).to("meta")
+    for args, kwargs in case.updates:
+        metric.update(*map(meta, args), **{key: meta(value) for key, value in kwargs.items()})
+    value = metric.compute()
+    assert all(x.is_meta for x in (value.values() if isinstance(value, dict) else [value]))
+
+
+def test_functions_keep_no_graph() -> None:
+    x = torch.tensor([0.5, -1.5], requires_grad=True)
+    results = [
+        metrics.sqnr(x, x + 1),
+        metrics.relative_error(x, x + 1),
+        metrics.quantization_mse(x, x + 1),
+        metrics.clip_rate(x, scale=1.0, lo=-1, hi=1),
+        metrics.level_entropy(x, lo=-1.5, num_levels=4),
+        metrics.zero_rate(x),
+        metrics.gradient_norm(x),
+        metrics.flip_rate(x, x),
+        *metrics.scale_summary(x).values(),
+        *metrics.start_oscillation(x),
+    ]
+    assert not any(result.requires_grad for result in results)
+
+
 def test_a_collection_computes_the_sums_once() -> None:
     """Measures of error share their states, so torchmetrics updates one of them."""
     collection = MetricCollection([metrics.SQNR(), metrics.RelativeError(), metrics.QuantizationMSE()])
@@ -147,7 +182,7 @@ def test_two_ranks(tmp_path: Path) -> None:
         for rank in range(2)
     ]
     try:
-        errors = [process.communicate(timeout=60)[1] for process in ranks]
+        errors = [process.communicate(timeout=120)[1] for process in ranks]
     finally:
         for process in ranks:
             process.kill()
