@@ -120,7 +120,7 @@ def generate_problem(generator: random.Random, difficulty: Difficulty) -> Proble
 
     Example:
         >>> generate_problem(random.Random(0), LEVELS[2]).prompt
-        '7-1-5-1='
+        '13-1-9-2='
     """
     start = value = generator.randint(1, difficulty.max_operand)
     operations = []
@@ -163,7 +163,7 @@ def generate_problems(num_problems: int, *, levels: Sequence[int], split: Split,
 
     Example:
         >>> [problem.prompt for problem in generate_problems(2, levels=(1, 2), split="test", seed=0)]
-        ['6+4+7=', '6*2*5-1=']
+        ['6-4+8=', '16-6-5*9=']
     """
     generator = random.Random(f"{split} {seed}")
     problems: list[Problem] = []

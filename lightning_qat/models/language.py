@@ -84,7 +84,7 @@ class AbstractLanguageModel(L.LightningModule, ABC):
             window_size=window_size,
         )
         self.head = nn.Linear(hidden_size, vocab_size, bias=False)
-        nn.init.normal_(self.embedding.weight, std=0.02)
+        nn.init.normal_(self.embedding.weight, std=0.1)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return the logits [B, T, V] of the token after each of the tokens [B, T]."""

@@ -110,7 +110,7 @@ class Transformer(nn.Module):
 
     Source: the description of Edifice's ``Meta.QAT`` in Elixir. Deviation: positions. The description has none, with
     window_size the expected length; attention without positions only tells how many steps came before, so here each
-    of the window_size steps has a learned vector (initialized with standard deviation 0.02).
+    of the window_size steps has a learned vector (initialized with standard deviation 0.1).
 
     Example:
         >>> model = Transformer(12, hidden_size=32, num_layers=2, window_size=20)
@@ -143,7 +143,7 @@ class Transformer(nn.Module):
         self.positions = nn.Embedding(window_size, hidden_size)
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads=num_heads, dropout=dropout) for _ in range(num_layers))
         self.norm = nn.LayerNorm(hidden_size)
-        nn.init.normal_(self.positions.weight, std=0.02)
+        nn.init.normal_(self.positions.weight, std=0.1)
 
     def features(self, x: Tensor) -> Tensor:
         """Return the features of all steps [B, T, H]; step t depends on the inputs up to t.
