@@ -1,6 +1,6 @@
 """Quantization-aware training for PyTorch Lightning: one callback, any model, exact export."""
 
-from lightning_qat.callbacks import Calibration, QATCallback
+from lightning_qat.callbacks import Calibration, Distillation, ProgressiveBitWidth, QATCallback
 from lightning_qat.conversion import (
     ConversionReport,
     bake,
@@ -55,6 +55,7 @@ __all__ = [
     "Center",
     "Clipped",
     "ConversionReport",
+    "Distillation",
     "ElementwiseScaling",
     "Entropy",
     "FakeQuantizer",
@@ -73,6 +74,7 @@ __all__ = [
     "PerToken",
     "Percentile",
     "Pi",
+    "ProgressiveBitWidth",
     "QATCallback",
     "QuantizedTensor",
     "QuantizerSpec",
