@@ -24,8 +24,8 @@ from lightning_qat.quantization.quantizer import FakeQuantizer
 from lightning_qat.quantization.scale import Bounds
 from lightning_qat.quantization.tensor import QuantizedTensor
 
-_CODES: Final = "_quantized_tensors"
-_BAKED_INPUT: Final = "baked_input"
+CODES: Final = "_quantized_tensors"
+BAKED_INPUT: Final = "baked_input"
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
@@ -37,6 +37,9 @@ class BakedInput(nn.Module):
         quantizer: the trained quantizer of the input, or None.
         transforms: what comes before it.
     """
+
+    scale: Tensor | None
+    zero_point: Tensor | None
 
     def __init__(self, quantizer: FakeQuantizer | None, transforms: nn.ModuleList | None) -> None:
         super().__init__()
@@ -65,8 +68,7 @@ class BakedInput(nn.Module):
 
     def _scale(self, grouped: Tensor) -> tuple[Tensor, Tensor | None]:
         assert self.spec is not None  # noqa: S101 - forward() looked
-        scale: Tensor | None = self.scale
-        zero_point: Tensor | None = self.zero_point
+        scale, zero_point = self.scale, self.zero_point
         if scale is None:
             wide = grouped if grouped.dtype == torch.float64 else grouped.float()
             dims = self.spec.granularity.dims(wide.dim(), self.layout)
@@ -89,7 +91,7 @@ def apply_baked_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
         if not isinstance(x, Tensor):
             return x
         if id(x) not in done:
-            done[id(x)] = module._modules[_BAKED_INPUT](x)  # type: ignore[misc]
+            done[id(x)] = module._modules[BAKED_INPUT](x)  # type: ignore[misc]
         return done[id(x)]
 
     args = tuple(once(arg) if i < len(names) else arg for i, arg in enumerate(args))
@@ -109,8 +111,8 @@ def codes(model: nn.Module) -> dict[str, QuantizedTensor]:
     known = False
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
-        baked: dict[str, QuantizedTensor] = module.__dict__.get(_CODES, {})
-        known = known or _CODES in module.__dict__ or is_view(module)
+        baked: dict[str, QuantizedTensor] = module.__dict__.get(CODES, {})
+        known = known or CODES in module.__dict__ or is_view(module)
         for slot, tensor in baked.items():
             if id(tensor) not in seen:
                 found[prefix + slot] = tensor
@@ -163,11 +165,11 @@ def bake(model: _Module) -> _Module:
     }
     unprepare(baked)
     for module, slot, value, tensor in values:
-        _make_plain(module, slot)
+        make_plain(module, slot)
         module.register_parameter(slot, value)
-        module.__dict__.setdefault(_CODES, {})[slot] = tensor
+        module.__dict__.setdefault(CODES, {})[slot] = tensor
     for module, baked_input in inputs.items():
-        module.register_module(_BAKED_INPUT, baked_input)
+        module.register_module(BAKED_INPUT, baked_input)
         module.register_forward_pre_hook(apply_baked_input, with_kwargs=True)
     return baked
 
@@ -186,9 +188,12 @@ def _quantized_values(model: nn.Module) -> list[tuple[nn.Module, str, nn.Paramet
     return values
 
 
-def _make_plain(module: nn.Module, slot: str) -> None:
+def make_plain(module: nn.Module, slot: str) -> None:
     """Remove what computes a weight before each forward: weight_norm, spectral_norm, pruning, parametrizations."""
     if parametrize.is_parametrized(module, slot):
+        kind = type(module)  # deep copies share it: without a class of its own, removal here would break the original
+        namespace = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
+        module.__class__ = type(kind.__name__, kind.__bases__, namespace)
         parametrize.remove_parametrizations(module, slot, leave_parametrized=True)
     for key, hook in list(module._forward_pre_hooks.items()):
         if getattr(hook, "name", getattr(hook, "_tensor_name", None)) == slot:

@@ -1,4 +1,4 @@
-"""Pure functions on tensors: rounding, fake quantization, scale search, Hadamard rotation."""
+"""Pure functions on tensors: rounding, fake quantization, scale search, Hadamard rotation, packing."""
 
 from lightning_qat.functional.fake_quantize import (
     dequantize,
@@ -10,6 +10,7 @@ from lightning_qat.functional.fake_quantize import (
 )
 from lightning_qat.functional.gradients import elementwise_scaling, staircase_slope, staircase_temperature_slope
 from lightning_qat.functional.hadamard import hadamard_rotate, hadamard_unrotate, random_signs, walsh_hadamard
+from lightning_qat.functional.packing import pack, packed_size, unpack
 from lightning_qat.functional.rounding import round_binary, round_ternary, round_uniform
 
 __all__ = [
@@ -21,6 +22,8 @@ __all__ = [
     "hadamard_unrotate",
     "lsq_scale_gradient",
     "positive_scale",
+    "pack",
+    "packed_size",
     "quantize",
     "random_signs",
     "round_binary",
@@ -28,5 +31,6 @@ __all__ = [
     "round_uniform",
     "staircase_slope",
     "staircase_temperature_slope",
+    "unpack",
     "walsh_hadamard",
 ]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import fnmatch
+import functools
 import sys
 from dataclasses import dataclass
 from typing import Any, Final, final
@@ -107,7 +108,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, readable as YAML or JSON and as a Hydra node."""
-        return {"_target_": "lightning_qat.Recipe", "rules": [_to_plain(rule) for rule in self.rules]}
+        return {"_target_": "lightning_qat.Recipe", "rules": [to_plain(rule) for rule in self.rules]}
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> "Recipe":
@@ -116,7 +117,7 @@ class Recipe:
         Raises:
             ValueError: an unknown class name.
         """
-        recipe = _from_plain(data)
+        recipe = from_plain(data)
         if not isinstance(recipe, Recipe):
             raise ValueError(f"Recipe.from_dict: {data.get('_target_')!r} is not a recipe")
         return recipe
@@ -128,15 +129,17 @@ def _dotted(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _to_plain(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
+    """Return a recipe or any piece of one as plain data, readable as YAML or JSON and as a Hydra node."""
     if isinstance(value, type):
         return _dotted(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: _to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        fields = {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
         return {"_target_": f"lightning_qat.{type(value).__name__}", **fields}
-    return [_to_plain(item) for item in value] if isinstance(value, tuple) else value
+    return [to_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
+@functools.cache
 def _registry() -> dict[str, type]:
     pieces = [*vars(grid).values(), *vars(granularity).values(), *vars(scale).values(), *vars(gradient).values()]
     pieces += [*vars(transform).values(), *vars(spec).values(), Rule, Recipe]
@@ -151,9 +154,14 @@ def _resolve_type(dotted: str) -> type[nn.Module]:
     return kind
 
 
-def _from_plain(value: Any) -> Any:
+def from_plain(value: Any) -> Any:
+    """Undo :func:`to_plain`. Nothing is imported or executed.
+
+    Raises:
+        ValueError: an unknown class name.
+    """
     if isinstance(value, list | tuple):
-        return tuple(_from_plain(item) for item in value)
+        return tuple(from_plain(item) for item in value)
     if not isinstance(value, dict):
         return value
     fields = {str(key): item for key, item in value.items()}
@@ -163,4 +171,4 @@ def _from_plain(value: Any) -> Any:
         raise ValueError(f"Recipe.from_dict: {name!r} is unknown; known are {sorted(_registry())}")
     if kind is Rule:
         fields["types"] = tuple(_resolve_type(dotted) for dotted in fields["types"])
-    return kind(**{key: item if key == "types" else _from_plain(item) for key, item in fields.items()})
+    return kind(**{key: item if key == "types" else from_plain(item) for key, item in fields.items()})

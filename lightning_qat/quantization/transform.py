@@ -27,8 +27,13 @@ class Transform(ABC):
         return type(self).__name__.lower()
 
 
-class TransformModule(nn.Module):
+class TransformModule(nn.Module, ABC):
     """The working half of a transform; holds no state that a checkpoint needs."""
+
+    @property
+    @abstractmethod
+    def value(self) -> Transform:
+        """The frozen value that built this module."""
 
     def weight(self, weight: Tensor) -> Tensor:
         """Transform the latent weight."""
@@ -108,6 +113,11 @@ class Normalize(Transform):
 
 @final
 class _Centering(TransformModule):
+    @property
+    @override
+    def value(self) -> Transform:
+        return Center()
+
     @override
     def weight(self, weight: Tensor) -> Tensor:
         wide = weight if weight.dtype == torch.float64 else weight.float()
@@ -123,6 +133,11 @@ class _Rotation(TransformModule):
         self.seed = seed
         # On the device of the context: on meta, to_empty() must know that there were no values to keep.
         self.register_buffer("signs", random_signs(size, seed).to(torch.get_default_device()), persistent=False)
+
+    @property
+    @override
+    def value(self) -> Transform:
+        return Hadamard(self.seed)
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -146,6 +161,11 @@ class _Normalization(TransformModule):
     def __init__(self, eps: float) -> None:
         super().__init__()
         self.eps = eps
+
+    @property
+    @override
+    def value(self) -> Transform:
+        return Normalize(self.eps)
 
     @override
     def input(self, x: Tensor) -> Tensor:

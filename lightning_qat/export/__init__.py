@@ -1,0 +1,29 @@
+"""Export: what was trained is what is deployed, proven on the user's own model.
+
+``export(model, path, format=...)`` writes a prepared or baked model, reads the file back, compares its weights with the
+trained ones bit for bit and its outputs on real batches, and returns an :class:`ExportReport`. ``load(path)`` reads the
+format ``safetensors`` into ``{name: QuantizedTensor or Tensor}``; ``load(path, model)`` fills a freshly built module.
+"""
+
+from lightning_qat.export.api import export
+from lightning_qat.export.backend import Backend, Run, formats, register
+from lightning_qat.export.errors import DamagedFileError, RefusedError, VerificationError
+from lightning_qat.export.report import ExportReport
+from lightning_qat.export.safetensors import Safetensors, load
+from lightning_qat.export.source import Source, read_source
+
+__all__ = [
+    "Backend",
+    "DamagedFileError",
+    "ExportReport",
+    "RefusedError",
+    "Run",
+    "Safetensors",
+    "Source",
+    "VerificationError",
+    "export",
+    "formats",
+    "load",
+    "read_source",
+    "register",
+]

@@ -1,0 +1,150 @@
+"""What an export proved: sizes, and how far the outputs of the artifact are from the trained model's."""
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+
+@final
+@dataclass(frozen=True)
+class ExportReport:
+    """The result of an export. Its weights equal the trained ones bit for bit, or there would be an error instead.
+
+    Args:
+        path: the artifact.
+        format: name of the format.
+        num_bytes: size on disk.
+        float_bytes: size of the same tensors in the dtype of the model.
+        exact: whether the outputs on all batches are equal bit for bit, too; without batches, the weights alone.
+        num_batches: number of batches that were compared.
+        max_abs: largest absolute difference of outputs; None without batches.
+        sqnr: signal to noise ratio of outputs in decibels, infinite where exact; None without batches.
+        agreement: share of positions with the same largest output (top-1), in [0, 1]; None without batches.
+    """
+
+    path: Path
+    format: str
+    num_bytes: int
+    float_bytes: int
+    exact: bool
+    num_batches: int = 0
+    max_abs: float | None = None
+    sqnr: float | None = None
+    agreement: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON; an infinite ratio becomes None."""
+        finite = {key: None if value == math.inf else value for key, value in asdict(self).items()}
+        return finite | {"path": self.path.name}
+
+    def save(self) -> Path:
+        """Write the report beside the artifact, as ``<artifact>.report.json``, and return its path."""
+        path = self.path.with_name(self.path.name + ".report.json")
+        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        return path
+
+    def __str__(self) -> str:
+        """Return a short table."""
+        rows = [
+            ("artifact", str(self.path)),
+            ("format", self.format),
+            (
+                "size",
+                f"{self.num_bytes:,} bytes ({self.float_bytes / max(1, self.num_bytes):.1f} x smaller than float)",
+            ),
+            ("weights", "equal to the trained ones bit for bit"),
+            ("outputs", self._outputs()),
+        ]
+        return "\n".join(f"{name:<9} {text}" for name, text in rows)
+
+    def _outputs(self) -> str:
+        if not self.num_batches:
+            return "not compared: no batches were given"
+        over = f"on {self.num_batches} batch{'es' if self.num_batches > 1 else ''}"
+        if self.exact:
+            return f"equal bit for bit {over}"
+        top = "" if self.agreement is None else f", top-1 agreement {self.agreement:.2%}"
+        return f"max abs {self.max_abs:.3g}, SQNR {self.sqnr:.1f} dB{top} {over}"
+
+
+@final
+@dataclass
+class Comparison:
+    """Accumulates the difference between two streams of outputs."""
+
+    num_batches: int = 0
+    is_equal: bool = True
+    max_abs: float = 0.0
+    signal: float = 0.0
+    noise: float = 0.0
+    agreeing: int = 0
+    positions: int = 0
+
+    def update(self, expected: Any, actual: Any) -> None:
+        """Add the outputs for one batch: tensors, or any nesting of them.
+
+        Raises:
+            ValueError: outputs of different number or shape.
+        """
+        pairs = list(zip(tensors_of(expected), tensors_of(actual), strict=True))
+        for index, (want, got) in enumerate(pairs):
+            if want.shape != got.shape:
+                raise ValueError(f"output {index} has shape {tuple(got.shape)} instead of {tuple(want.shape)}")
+            self._add(want, got)
+        if pairs and pairs[0][0].dim() > 1 and pairs[0][0].is_floating_point():
+            axis = 1 if pairs[0][0].dim() == 2 else -1
+            same = pairs[0][0].argmax(axis) == pairs[0][1].argmax(axis)
+            self.agreeing += int(same.sum())
+            self.positions += same.numel()
+        self.num_batches += 1
+
+    def _add(self, want: Tensor, got: Tensor) -> None:
+        self.is_equal = self.is_equal and want.dtype == got.dtype and bool(torch.equal(want, got))
+        wide, other = want.detach().cpu().double(), got.detach().cpu().double()
+        difference = (wide - other).abs()
+        self.max_abs = max(self.max_abs, float(difference.max()) if difference.numel() else 0.0)
+        self.signal += float(wide.square().sum())
+        self.noise += float(difference.square().sum())
+
+    @property
+    def sqnr(self) -> float:
+        """Signal to noise ratio in decibels."""
+        if self.noise == 0:
+            return math.inf
+        return 10 * math.log10(self.signal / self.noise) if self.signal > 0 else -math.inf
+
+    @property
+    def agreement(self) -> float | None:
+        """Share of positions with the same largest output."""
+        return self.agreeing / self.positions if self.positions else None
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """Return the tensors in an output of any nesting, in order."""
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run a model in evaluation mode without gradients; training flags and random numbers are restored."""
+    training = {module: module.training for module in model.modules()}
+    try:
+        with torch.random.fork_rng(), torch.no_grad():
+            model.eval()
+            yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+
+
+def path_size(path: Path) -> int:
+    """Return the size in bytes of a file, or of all files of a folder."""
+    return path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
