@@ -1,0 +1,22 @@
+"""The public API: what `import lightning_qat` offers, and what recipes, examples and documents may rely on."""
+
+import lightning_qat
+
+EXPECTED = {
+    "AbsMax", "AbsMean", "Binary", "Calibration", "Center", "Clipped", "ConversionReport", "Distillation",
+    "ElementwiseScaling", "Entropy", "FakeQuantizer", "Hadamard", "HalfInt", "Int", "LayerSpec", "Learned",
+    "LearnedSoft", "MinimumError", "MovingAverage", "Normalize", "PerChannel", "PerGroup", "PerTensor", "PerToken",
+    "Percentile", "Pi", "ProgressiveBitWidth", "QATCallback", "QuantizationStatistics", "QuantizedTensor",
+    "QuantizerSpec", "Recipe", "Rule", "Soft", "StraightThrough", "Ternary", "bake", "calibrate", "codes",
+    "float_weights", "load_checkpoint", "prepare", "recipes", "unprepare",
+}  # fmt: skip
+
+
+def test_public_names_are_a_decision() -> None:
+    """A name that comes or goes is a change of the API: it goes into this list and into the changelog."""
+    assert set(lightning_qat.__all__) == EXPECTED
+
+
+def test_every_public_name_exists() -> None:
+    for name in lightning_qat.__all__:
+        assert hasattr(lightning_qat, name), name
