@@ -140,6 +140,10 @@ class ResumableDataLoader(DataLoader[_T_co]):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """Yield the batches that are left of the sampler's current epoch."""
         # A generator, so that workers start at the first batch: Lightning sets the epoch after it calls iter().
+        # Lightning before 2.6.1 tells it to its distributed wrapper, but not to the sampler within.
+        wrapped = getattr(getattr(self.sampler, "dataset", None), "_sampler", None)
+        if isinstance(wrapped, EpochSampler):
+            wrapped.set_epoch(self._epoch)
         state, self._resume = self._resume, None
         skip = state["batches"] if state is not None and state["epoch"] == self._epoch else 0
         self._batches_given = skip

@@ -6,9 +6,10 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DistributedSampler, TensorDataset
 
 from lightning_qat.data.sampling import EpochSampler, RandomPositions, ResumableDataLoader, ShuffledOrder
 
@@ -95,6 +96,22 @@ def test_the_epoch_may_be_set_after_iter(num_workers: int) -> None:
     assert batches(iterator) == expected
 
 
+@pytest.mark.parametrize("forwards", [True, False])
+def test_processes_share_an_epoch(forwards: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning wraps the sampler for each process; before 2.6.1 its wrapper kept the epoch to itself."""
+    if not forwards:
+        monkeypatch.setattr(DistributedSamplerWrapper, "set_epoch", DistributedSampler.set_epoch)
+    shares = []
+    for rank in range(2):
+        wrapper = DistributedSamplerWrapper(ShuffledOrder(12, seed=0), num_replicas=2, rank=rank, shuffle=False)
+        share = ResumableDataLoader(TensorDataset(torch.arange(12)), batch_size=3, sampler=wrapper)
+        wrapper.set_epoch(5)
+        shares.append(torch.tensor(batches(iter(share))).flatten())
+        assert share.state_dict() == {"epoch": 5, "batches": 2}
+    expected = torch.tensor(indices(ShuffledOrder(12, seed=0), 5)).view(6, 2)
+    assert torch.equal(torch.stack(shares, dim=1), expected)
+
+
 class Recorder(L.LightningModule):
     """Notes which numbers it was trained on, by epoch."""
 
@@ -110,6 +127,10 @@ class Recorder(L.LightningModule):
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
         pass
+
+    def predict_step(self, batch: list[Tensor], batch_idx: int) -> list[int]:
+        numbers: list[int] = batch[0].tolist()
+        return numbers
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=1e-3)
@@ -146,3 +167,8 @@ def test_training_resumed_at_the_end_of_an_epoch_sees_the_next(tmp_path: Path) -
     again = trainer(callbacks=[at_end(tmp_path / "resumed")])
     again.fit(resumed, loader(), loader(), ckpt_path=tmp_path / "epoch=0.ckpt")
     assert resumed.seen == whole.seen[6:]
+
+
+def test_lightning_can_build_the_loader_again() -> None:
+    """As it does to predict, and in every process of a distributed run."""
+    assert trainer(enable_checkpointing=False).predict(Recorder(), loader()) == batches(iter(loader()))
