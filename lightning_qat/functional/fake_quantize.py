@@ -1,13 +1,19 @@
 """The one place that computes codes and fake-quantized values, and their gradients."""
 
-from typing import Any, Protocol
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from lightning_qat.functional.gradients import number, within
+
 SCALE_FLOOR = 2.0**-100
 """Smallest scale ever used in float32; far below any useful value, far above the subnormals."""
+
+_CHUNK: Final = 1 << 17  # elements that backward handles at a time on CPU: its temporaries then stay in the cache
 
 
 class Rounding(Protocol):
@@ -17,8 +23,8 @@ class Rounding(Protocol):
     def half_cell(self) -> float:
         """Half the distance between neighboring levels, in units of the scale."""
 
-    def round(self, u: Tensor) -> Tensor:
-        """Return the nearest level of the unbounded grid, as a fresh tensor."""
+    def round_(self, u: Tensor) -> Tensor:
+        """Replace u by the nearest level of the unbounded grid."""
 
     def border_distance(self, u: Tensor) -> Tensor:
         """Return the signed distance to the border of the cell that u lies in."""
@@ -63,6 +69,10 @@ class Point:
         """Return where u lies within the clip range lo..hi."""
         return (self.u >= self.lo) & (self.u <= self.hi)
 
+    def clip(self, values: Tensor) -> Tensor:
+        """Return values where u lies within the clip range, else 0, without a mask where masks are slow."""
+        return within(values, self.u, self.lo, self.hi)
+
 
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
@@ -91,11 +101,16 @@ def quantize(
 
     Source: ONNX QuantizeLinear (order of operations), arXiv:1712.05877 eq. 1.
     """
-    u = rounding.round(torch.nan_to_num_(_wide(x) / scale))
+    u = rounding.round_(torch.nan_to_num_(_wide(x) / scale))
     if zero_point is not None:
         u = u.add_(zero_point)
     # clamp takes tensors or numbers, not one of each; bounds are tensors where bit widths change during a run
-    return u.clamp_(lo, hi)  # type: ignore[arg-type]
+    return u.clamp_(number(lo), number(hi))  # type: ignore[arg-type]
+
+
+def dequantize_(q: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    """Replace levels by the values they stand for, as :func:`dequantize` does."""
+    return q.mul_(scale) if zero_point is None else q.sub_(zero_point).mul_(scale)
 
 
 def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
@@ -118,6 +133,77 @@ def narrow(values: Tensor, dtype: torch.dtype) -> Tensor:
     return values.to(dtype)
 
 
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """All that fake quantization of a tensor depends on; the fields are the arguments of :func:`fake_quantize`."""
+
+    scale: Tensor
+    zero_point: Tensor | None
+    temperature: Tensor | None
+    lo: Tensor
+    hi: Tensor
+    rounding: Rounding
+    rule: GradientRule
+    learned: bool
+
+    @property
+    def needs_input(self) -> bool:
+        """Whether the gradients depend on x."""
+        return self.learned or self.rule.needs_input
+
+    def levels(self, x: Tensor) -> Tensor:
+        """Return :func:`quantize` of x."""
+        return quantize(x, self.scale, self.zero_point, lo=self.lo, hi=self.hi, rounding=self.rounding)
+
+    def values(self, levels: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return what levels stand for, in the dtype of the latent values; the levels are overwritten."""
+        return narrow(dequantize_(levels, self.scale, self.zero_point), dtype)
+
+    def gradients(self, grad: Tensor, x: Tensor, needs: tuple[bool, bool, bool]) -> tuple[Tensor | None, ...]:
+        """Return the gradients with respect to x, scale and temperature, each or None where it is not needed.
+
+        Args:
+            grad: gradient with respect to the fake-quantized value, the shape of x.
+            x: latent values.
+            needs: which of the three are wanted.
+        """
+        out = torch.empty_like(x) if needs[0] else None
+        sums = torch.zeros_like(self.scale) if needs[1] and self.learned else None
+        total = torch.zeros_like(self.temperature) if needs[2] and self.temperature is not None else None
+        for part, rows in self._parts(x):
+            wide, point = _wide(grad[rows]), part._point(x[rows])
+            if out is not None:
+                inner = self.rule.input_gradient(wide, point)
+                out[rows] = point.clip(inner) if self.learned else inner
+            if sums is not None:
+                summands = lsq_summands(wide, point, part.zero_point)
+                (sums[rows] if part.scale.shape != sums.shape else sums).add_(summands.sum_to_size(part.scale.shape))
+            if total is not None:
+                total.add_((self.rule.temperature_gradient(wide, point) * part.scale).sum())
+        return out, self._divided(sums, x, self.scale.numel()), self._divided(total, x, 1)
+
+    def _divided(self, total: Tensor | None, x: Tensor, num_sharing: int) -> Tensor | None:
+        r"""Return a sum of gradients divided by :math:`\sqrt{N hi}`; N elements share a parameter."""
+        # an empty batch has a gradient of zero, not 0 / 0
+        return None if total is None else total / torch.sqrt(max(1, x.numel() // max(1, num_sharing)) * self.hi)
+
+    def _point(self, x: Tensor) -> Point:
+        u = _units(x, self.scale, self.zero_point)
+        return Point(_wide(x), u, self.levels(x), self.scale, self.lo, self.hi, self.rounding, self.temperature)
+
+    def _parts(self, x: Tensor) -> Iterator[tuple["Setting", Any]]:
+        """Split along the first dimension where temporaries of the whole size would be slow: on CPU, in eager mode."""
+        num_rows = max(1, _CHUNK * x.shape[0] // max(1, x.numel())) if x.dim() else 1
+        if x.device.type != "cpu" or torch.compiler.is_compiling() or x.dim() == 0 or num_rows >= x.shape[0]:
+            yield self, ...
+            return
+        split = self.scale.dim() == x.dim() and self.scale.shape[0] == x.shape[0]
+        for start in range(0, x.shape[0], num_rows):
+            rows = slice(start, start + num_rows)
+            zero_point = self.zero_point[rows] if split and self.zero_point is not None else self.zero_point
+            yield (replace(self, scale=self.scale[rows], zero_point=zero_point) if split else self), rows
+
+
 class _FakeQuantize(torch.autograd.Function):
     """Exact forward; gradients by rule. Backward recomputes from the latent tensor, which is kept by reference."""
 
@@ -126,8 +212,8 @@ class _FakeQuantize(torch.autograd.Function):
         x: Tensor, scale: Tensor, zero_point: Tensor | None, temperature: Tensor | None, lo: Tensor, hi: Tensor,
         rounding: Rounding, rule: GradientRule, learned: bool,
     ) -> Tensor:  # fmt: skip
-        q = quantize(x, scale, zero_point, lo=lo, hi=hi, rounding=rounding)
-        return narrow(dequantize(q, scale, zero_point), x.dtype)
+        setting = Setting(scale, zero_point, temperature, lo, hi, rounding, rule, learned)
+        return setting.values(setting.levels(x), x.dtype)
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -144,21 +230,17 @@ class _FakeQuantize(torch.autograd.Function):
         if not ctx.saved_tensors:
             return (grad, *(None,) * 8)
         x, scale, zero_point, temperature, lo, hi = ctx.saved_tensors
-        wide = _wide(grad)
-        q = quantize(x, scale, zero_point, lo=lo, hi=hi, rounding=ctx.rounding)
-        point = Point(_wide(x), _units(x, scale, zero_point), q, scale, lo, hi, ctx.rounding, temperature)
-        grad_x = grad_scale = grad_temperature = None
-        if ctx.needs_input_grad[0]:
-            grad_x = ctx.rule.input_gradient(wide, point)
-            if ctx.learned:
-                grad_x = torch.where(point.inside(), grad_x, 0.0)
-            grad_x = grad_x.to(x.dtype)
-        if ctx.needs_input_grad[1] and ctx.learned:
-            grad_scale = lsq_scale_gradient(wide, point, zero_point)
-        if ctx.needs_input_grad[3] and temperature is not None:
-            summands = ctx.rule.temperature_gradient(wide, point) * scale
-            grad_temperature = (summands.sum() / torch.sqrt(max(1, x.numel()) * hi)).reshape(temperature.shape)
+        needs = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]
+        setting = Setting(scale, zero_point, temperature, lo, hi, ctx.rounding, ctx.rule, ctx.learned)
+        grad_x, grad_scale, grad_temperature = setting.gradients(grad, x, needs)
         return (grad_x, grad_scale, None, grad_temperature, *(None,) * 5)
+
+
+def lsq_summands(grad: Tensor, point: Point, zero_point: Tensor | None) -> Tensor:
+    """Return the summands of :func:`lsq_scale_gradient`, as a fresh tensor of the input's shape."""
+    if zero_point is None:
+        return torch.sub(point.q, point.clip(point.u)).mul_(grad)
+    return torch.sub(point.q - zero_point, point.clip(point.u - zero_point)).mul_(grad)
 
 
 def lsq_scale_gradient(grad: Tensor, point: Point, zero_point: Tensor | None) -> Tensor:
@@ -168,9 +250,7 @@ def lsq_scale_gradient(grad: Tensor, point: Point, zero_point: Tensor | None) ->
 
     Source: LSQ, arXiv:1902.08153 eq. 3 and section 2.2; with a zero point as in LSQ+, arXiv:2004.09576.
     """
-    level = point.q if zero_point is None else point.q - zero_point
-    slope = torch.where(point.inside(), point.q - point.u, level)
-    total = (grad * slope).sum_to_size(point.step.shape)
+    total = lsq_summands(grad, point, zero_point).sum_to_size(point.step.shape)
     sharing = max(1, grad.numel() // max(1, point.step.numel()))  # an empty batch has a gradient of zero, not 0 / 0
     return total / torch.sqrt(sharing * point.hi)
 

@@ -8,7 +8,7 @@ def round_uniform(u: Tensor, offset: float = 0.0) -> Tensor:
     r"""Round to the nearest level of a uniform grid, :math:`round(u - o) + o`, ties to even.
 
     Args:
-        u: values in units of the scale, any shape; a fresh tensor is returned.
+        u: values in units of the scale, any shape.
         offset: shift of the levels against the integers, 0 or 0.5.
 
     Source: arXiv:1712.05877 (offset 0), arXiv:2502.02631 section 3.2 (offset 0.5).
@@ -18,7 +18,12 @@ def round_uniform(u: Tensor, offset: float = 0.0) -> Tensor:
     >>> round_uniform(torch.tensor([0.4, -0.2, 1.2]), offset=0.5)
     tensor([ 0.5000, -0.5000,  1.5000])
     """
-    return torch.round(u - offset).add_(offset) if offset else torch.round(u)
+    return round_uniform_(u.clone(), offset)
+
+
+def round_uniform_(u: Tensor, offset: float = 0.0) -> Tensor:
+    """Round in place as :func:`round_uniform` does."""
+    return u.sub_(offset).round_().add_(offset) if offset else u.round_()
 
 
 def round_ternary(u: Tensor, threshold: float = 0.5) -> Tensor:
@@ -33,9 +38,14 @@ def round_ternary(u: Tensor, threshold: float = 0.5) -> Tensor:
     >>> round_ternary(torch.tensor([0.4, 0.6, -2.0]))
     tensor([ 0.,  1., -1.])
     """
+    return round_ternary_(u.clone(), threshold)
+
+
+def round_ternary_(u: Tensor, threshold: float = 0.5) -> Tensor:
+    """Round in place as :func:`round_ternary` does."""
     if threshold == 0.5:  # the same map without masks, which are slow on CPU
-        return torch.round(u).clamp_(-1.0, 1.0)
-    return (u > threshold).to(u.dtype) - (u < -threshold).to(u.dtype)
+        return u.round_().clamp_(-1.0, 1.0)
+    return u.copy_(torch.gt(u, threshold).to(u.dtype) - torch.lt(u, -threshold).to(u.dtype))
 
 
 def round_binary(u: Tensor) -> Tensor:
@@ -46,4 +56,9 @@ def round_binary(u: Tensor) -> Tensor:
     >>> round_binary(torch.tensor([0.0, -0.0, 0.3, -1e-30]))
     tensor([ 1.,  1.,  1., -1.])
     """
-    return torch.floor(u).clamp_(-1.0, 0.0).mul_(2.0).add_(1.0)
+    return round_binary_(u.clone())
+
+
+def round_binary_(u: Tensor) -> Tensor:
+    """Round in place as :func:`round_binary` does."""
+    return u.floor_().clamp_(-1.0, 0.0).mul_(2.0).add_(1.0)

@@ -4,12 +4,16 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Final, final
 
-import torch
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_qat.functional.fake_quantize import Point
-from lightning_qat.functional.gradients import elementwise_scaling, staircase_slope, staircase_temperature_slope
+from lightning_qat.functional.gradients import (
+    elementwise_scaling,
+    staircase_slope,
+    staircase_temperature_slope,
+    within,
+)
 
 TEMPERATURE_RANGE: Final = (0.03, 1000.0)
 """Learned temperatures stay within: below, the slope underflows inside the cells; above, it is 1 within float32."""
@@ -77,8 +81,7 @@ class Clipped(Gradient):
 
     @override
     def input_gradient(self, grad: Tensor, point: Point) -> Tensor:
-        inside = point.inside() if self.threshold is None else point.x.abs() <= self.threshold
-        return torch.where(inside, grad, 0.0)
+        return point.clip(grad) if self.threshold is None else within(grad, point.x, -self.threshold, self.threshold)
 
 
 @final
@@ -102,7 +105,7 @@ class Soft(Gradient):
     def input_gradient(self, grad: Tensor, point: Point) -> Tensor:
         distance = point.rounding.border_distance(point.u)
         slope = staircase_slope(distance, point.rounding.half_cell, self.temperature)
-        return torch.where(point.inside(), grad * slope, 0.0)
+        return point.clip(slope.mul_(grad))
 
 
 @final
@@ -137,14 +140,14 @@ class LearnedSoft(Gradient):
         assert point.temperature is not None  # noqa: S101 - set by the quantizer that owns this rule
         distance = point.rounding.border_distance(point.u)
         slope = staircase_slope(distance, point.rounding.half_cell, point.temperature)
-        return torch.where(point.inside(), grad * slope, 0.0)
+        return point.clip(slope.mul_(grad))
 
     @override
     def temperature_gradient(self, grad: Tensor, point: Point) -> Tensor:
         assert point.temperature is not None  # noqa: S101
         distance = point.rounding.border_distance(point.u)
         slope = staircase_temperature_slope(distance, point.rounding.half_cell, point.temperature)
-        return torch.where(point.inside(), grad * slope, 0.0)
+        return point.clip(slope.mul_(grad))
 
 
 @final

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_qat.functional.rounding import round_binary, round_ternary, round_uniform
+from lightning_qat.functional.rounding import round_binary_, round_ternary_, round_uniform_
 
 
 def _check_integer(where: str, value: int, largest: int) -> None:
@@ -61,7 +61,11 @@ class Grid(ABC):
 
     def round(self, u: Tensor) -> Tensor:
         """Return the nearest level of the unbounded grid."""
-        return round_uniform(u, self.offset)
+        return self.round_(u.clone())
+
+    def round_(self, u: Tensor) -> Tensor:
+        """Replace u by the nearest level of the unbounded grid."""
+        return round_uniform_(u, self.offset)
 
     def border_distance(self, u: Tensor) -> Tensor:
         """Return the signed distance of u to the border inside its cell, within -half_cell..half_cell."""
@@ -161,8 +165,8 @@ class Binary(Grid):
         return "binary"
 
     @override
-    def round(self, u: Tensor) -> Tensor:
-        return round_binary(u)
+    def round_(self, u: Tensor) -> Tensor:
+        return round_binary_(u)
 
     @override
     def border_distance(self, u: Tensor) -> Tensor:
@@ -208,8 +212,8 @@ class Ternary(Grid):
         return "ternary" if self.threshold == 0.5 else f"ternary{self.threshold:g}"
 
     @override
-    def round(self, u: Tensor) -> Tensor:
-        return round_ternary(u, self.threshold)
+    def round_(self, u: Tensor) -> Tensor:
+        return round_ternary_(u, self.threshold)
 
     @override
     def border_distance(self, u: Tensor) -> Tensor:
