@@ -1,0 +1,226 @@
+"""Pictures of a run and of a sweep."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, final
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from lightning_qat.cli.results import TITLES, Measurement, format_metric, metric_title, shown_metrics
+from lightning_qat.conversion import codes
+from lightning_qat.conversion.view import TRANSFORMS, latent
+
+COLORS: Final = {"float": "#7f8794", "post_training": "#e08e45", "qat": "#2f6db5"}
+INK: Final = "#2b2f36"
+
+
+@final
+@dataclass(frozen=True)
+class WeightView:
+    """A weight as its quantizer sees it, in units of the step.
+
+    Args:
+        latent: x / s, flat.
+        levels: the quantized values / s, flat.
+    """
+
+    latent: np.ndarray
+    levels: np.ndarray
+
+
+@torch.no_grad()
+def weight_view(model: nn.Module, name: str) -> WeightView:
+    """Return how a weight of a prepared model lies on its grid.
+
+    Args:
+        model: prepared.
+        name: dotted, one of ``codes(model)``.
+    """
+    tensor = codes(model)[name]
+    owner, _, slot = name.rpartition(".")
+    module = model.get_submodule(owner)
+    weight: Tensor = latent(module, slot).detach()
+    for transform in module._modules.get(TRANSFORMS) or ():  # type: ignore[union-attr]
+        weight = transform.weight(weight)
+    grouped = tensor.granularity.group(weight.float(), tensor.layout)
+    levels = tensor.granularity.group(tensor.codes, tensor.layout).float() + tensor.offset
+    levels = levels if tensor.zero_point is None else levels - tensor.zero_point
+    return WeightView((grouped / tensor.scale).flatten().cpu().numpy(), levels.flatten().cpu().numpy())
+
+
+def largest_weight(model: nn.Module) -> str:
+    """Return the name of the quantized weight with the most elements, the first of equals."""
+    tensors = codes(model)
+    return max(tensors, key=lambda name: tensors[name].codes.numel())
+
+
+def run_figure(
+    title: str,
+    measurements: Mapping[str, Measurement],
+    order: Mapping[str, str],
+    weights: tuple[str, Mapping[str, WeightView]],
+) -> Figure:
+    """Return the picture of a run: quality and size of the three models, and a weight on its grid.
+
+    Args:
+        title: above the picture.
+        measurements: by the keys of `lightning_qat.cli.results.TITLES`.
+        order: ``report.metrics``.
+        weights: name of the weight, and its views, ``post_training`` and ``qat``.
+    """
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
+    grid = figure.add_gridspec(2, 2, width_ratios=(1, 1.25))
+    quality, size = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[1, 0])
+    metric = shown_metrics(order, next(iter(measurements.values())).metrics)[0]
+    _draw_quality(quality, measurements, metric, order.get(metric, "min"))
+    _draw_size(size, measurements)
+    name, views = weights
+    for row, key in enumerate(("post_training", "qat")):
+        axis = figure.add_subplot(grid[row, 1])
+        _draw_weight(axis, views[key], key)
+        if row == 0:
+            _head(axis, f"{name}: {views[key].latent.size:,} weights in units of the step")
+    return figure
+
+
+def _head(axis: Axes, text: str) -> None:
+    axis.set_title(text, loc="left", fontsize=10, color=INK)
+
+
+def _bare(axis: Axes) -> None:
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(colors=INK, labelsize=9)
+
+
+def _draw_quality(axis: Axes, measurements: Mapping[str, Measurement], metric: str, direction: str) -> None:
+    values = [measurement.metrics[metric] for measurement in measurements.values()]
+    rows = range(len(values))
+    axis.scatter(values, rows, s=70, color=[COLORS[key] for key in measurements], zorder=3)
+    axis.axvline(values[0], color=COLORS["float"], linewidth=1, linestyle=":", zorder=1)
+    for row, value in zip(rows, values, strict=True):
+        axis.annotate(format_metric(metric, value), (value, row), (0, 7), textcoords="offset points", ha="center",
+                      fontsize=9, color=INK)  # fmt: skip
+    margin = 0.25 * (max(values) - min(values)) or 0.01 * abs(values[0]) or 1.0
+    axis.set_xlim(min(values) - margin, max(values) + margin)
+    _label_rows(axis, measurements)
+    better = "higher" if direction == "max" else "lower"
+    _head(axis, f"{metric_title(metric)} on the test data ({better} is better)")
+
+
+def _draw_size(axis: Axes, measurements: Mapping[str, Measurement]) -> None:
+    kilobytes = [measurement.num_bytes / 1000 for measurement in measurements.values()]
+    bars = axis.barh(range(len(kilobytes)), kilobytes, height=0.6, color=[COLORS[key] for key in measurements])
+    texts = [f"{m.num_bytes / 1000:,.0f} kB, {m.bits_per_weight:.1f} bits per weight" for m in measurements.values()]
+    inside = [value > 0.5 * max(kilobytes) for value in kilobytes]
+    for bar, text, is_inside in zip(bars, texts, inside, strict=True):
+        axis.annotate(text, (bar.get_width(), bar.get_y() + bar.get_height() / 2), (-6 if is_inside else 6, 0),
+                      textcoords="offset points", ha="right" if is_inside else "left", va="center", fontsize=9,
+                      color="white" if is_inside else INK)  # fmt: skip
+    _label_rows(axis, measurements)
+    _head(axis, "size in kB")
+
+
+def _label_rows(axis: Axes, measurements: Mapping[str, Measurement]) -> None:
+    axis.set_yticks(range(len(measurements)), [TITLES[key] for key in measurements])
+    axis.set_ylim(len(measurements) - 0.5, -0.7)
+    _bare(axis)
+
+
+def _draw_weight(axis: Axes, view: WeightView, key: str) -> None:
+    levels, counts = np.unique(view.levels, return_counts=True)
+    low, high = levels.min() - 1.0, levels.max() + 1.0
+    bins = np.linspace(low, high, 12 * round(high - low) + 1)
+    share, _ = np.histogram(view.latent.clip(low, high), bins=bins)
+    share = share / view.latent.size
+    axis.bar(bins[:-1], share, width=np.diff(bins), align="edge", color=COLORS[key], alpha=0.55, linewidth=0)
+    top = 1.35 * share.max()
+    axis.vlines(levels, 0, top, color=INK, linewidth=0.8, linestyle=":")
+    if len(levels) <= 17:
+        for level, count in zip(levels, counts, strict=True):
+            axis.annotate(f"{100 * count / counts.sum():.0f}%", (level, top), (0, 2), textcoords="offset points",
+                          ha="center", fontsize=7, color=INK)  # fmt: skip
+    when = "latent weights after float training" if key == "post_training" else "latent weights after QAT"
+    axis.set_ylabel(TITLES[key], color=INK)
+    axis.annotate(when, (0.01, 0.86), xycoords="axes fraction", fontsize=8, color=INK)
+    axis.set_ylim(0, top)
+    axis.set_yticks([])
+    axis.margins(x=0)
+    _bare(axis)
+
+
+@final
+@dataclass(frozen=True)
+class SweepPoint:
+    """A configuration of a sweep, over all its seeds.
+
+    Args:
+        label: what distinguishes it.
+        bits: per weight, of the quantized model.
+        values: of the metric, by the keys of `lightning_qat.cli.results.TITLES`; one entry per seed.
+    """
+
+    label: str
+    bits: float
+    values: Mapping[str, Sequence[float]]
+
+
+def sweep_figure(title: str, points: Sequence[SweepPoint], metric: str, direction: str) -> Figure:
+    """Return the picture of a sweep: quality against bits per weight, after training and by training.
+
+    Args:
+        title: above the picture.
+        points: at least one.
+        metric: name of the metric.
+        direction: ``"max"`` or ``"min"``, which is better.
+    """
+    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    axis = figure.subplots()
+    ordered = sorted(points, key=lambda point: point.bits)
+    floats = [value for point in ordered for value in point.values["float"]]
+    axis.axhline(float(np.mean(floats)), color=COLORS["float"], linestyle="--", linewidth=1.5, label="float")
+    for key in ("post_training", "qat"):
+        bits = [point.bits for point in ordered]
+        means = [float(np.mean(point.values[key])) for point in ordered]
+        axis.plot(bits, means, "o-", color=COLORS[key], linewidth=2, markersize=7, label=TITLES[key])
+        for point in ordered:
+            axis.scatter([point.bits] * len(point.values[key]), point.values[key], s=12, color=COLORS[key], alpha=0.6)
+    _draw_labels(axis, ordered, direction)
+    _draw_bits_axis(axis, ordered)
+    better = "higher" if direction == "max" else "lower"
+    axis.set_ylabel(f"{metric_title(metric)} on the test data ({better} is better)", color=INK)
+    axis.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK)
+    axis.grid(axis="y", linewidth=0.5, alpha=0.4)
+    axis.legend(frameon=False, loc="lower right" if direction == "max" else "upper right")
+    _bare(axis)
+    return figure
+
+
+def _draw_labels(axis: Axes, points: Sequence[SweepPoint], direction: str) -> None:
+    """Write each label on the better side of its QAT point."""
+    for index, point in enumerate(points):
+        above = direction == "max"
+        offset = 10 + 11 * (index % 2)  # neighbors at nearly the same bits do not overlap
+        axis.annotate(point.label, (point.bits, float(np.mean(point.values["qat"]))), (0, offset if above else -offset),
+                      textcoords="offset points", ha="center", va="bottom" if above else "top", fontsize=9,
+                      color=INK)  # fmt: skip
+
+
+def _draw_bits_axis(axis: Axes, points: Sequence[SweepPoint]) -> None:
+    axis.set_xscale("log", base=2)
+    low, high = points[0].bits, points[-1].bits
+    ticks = [tick for tick in (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 32) if 0.8 * low <= tick <= 1.25 * high]
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.minorticks_off()
+    axis.set_xlim(0.82 * low, 1.22 * high)
+    axis.set_xlabel("bits per weight of the whole model, scales and float parts included", color=INK)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG."""
+    figure.savefig(path, dpi=150, facecolor="white")
