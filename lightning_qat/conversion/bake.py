@@ -1,101 +1,34 @@
 """bake() and codes(): from a trained model to plain modules and integer codes."""
 
 import copy
-from typing import Any, Final, TypeVar, final
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lightning_qat.conversion.inputs import quantize_inputs
-from lightning_qat.conversion.prepare import prepared_state, refresh_scales, unprepare
+from lightning_qat.conversion.baked_input import BAKED_INPUT, BakedInput, apply_baked_input
+from lightning_qat.conversion.inputs import ARGUMENTS, quantize_inputs
+from lightning_qat.conversion.sharding import is_sharded
+from lightning_qat.conversion.slots import covered_parameters
+from lightning_qat.conversion.state import prepared_state, refresh_scales
+from lightning_qat.conversion.undo import unprepare
 from lightning_qat.conversion.view import (
     INPUT_QUANTIZER,
-    QUANTIZER_SUFFIX,
     TRANSFORMS,
-    fake_quantized,
     is_view,
-    latent,
+    settled,
+    transformed,
     view_names,
+    weight_quantizer,
 )
-from lightning_qat.functional.fake_quantize import dequantize, positive_scale, quantize
-from lightning_qat.functional.scaling import Sample
 from lightning_qat.quantization.quantizer import FakeQuantizer
-from lightning_qat.quantization.scale import Bounds
 from lightning_qat.quantization.tensor import QuantizedTensor
 
+__all__ = ["BAKED_INPUT", "CODES", "BakedInput", "apply_baked_input", "bake", "codes", "make_plain"]
 CODES: Final = "_quantized_tensors"
-BAKED_INPUT: Final = "baked_input"
+"""Where a baked module keeps its QuantizedTensors by parameter name."""
 _Module = TypeVar("_Module", bound=nn.Module)
-
-
-@final
-class BakedInput(nn.Module):
-    """Quantizes an input with the numbers that training ended with, in plain differentiable-free operations.
-
-    Args:
-        quantizer: the trained quantizer of the input, or None.
-        transforms: what comes before it.
-    """
-
-    scale: Tensor | None
-    zero_point: Tensor | None
-
-    def __init__(self, quantizer: FakeQuantizer | None, transforms: nn.ModuleList | None) -> None:
-        super().__init__()
-        self.transforms = transforms or nn.ModuleList()
-        self.spec = None if quantizer is None else quantizer.spec
-        if quantizer is None:
-            return
-        self.grid, self.layout = quantizer.grid, quantizer.layout
-        scale = quantizer.scale.detach() if quantizer.stored else None
-        if scale is not None and quantizer.learned:
-            scale = positive_scale(scale, quantizer.spec.torch_scale_dtype)
-        self.register_buffer("scale", None if scale is None else scale.clone())
-        self.register_buffer("zero_point", None if quantizer.zero_point is None else quantizer.zero_point.clone())
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the input as the trained layer computes with it."""
-        for transform in self.transforms:
-            x = transform.input(x)  # type: ignore[operator]
-        if self.spec is None:
-            return x
-        grouped = self.spec.granularity.group(x, self.layout)
-        scale, zero_point = self._scale(grouped)
-        levels = quantize(grouped, scale, zero_point, lo=self.grid.lo, hi=self.grid.hi, rounding=self.grid)
-        values = dequantize(levels, scale, zero_point).to(x.dtype)
-        return self.spec.granularity.ungroup(values, tuple(x.shape), self.layout)
-
-    def _scale(self, grouped: Tensor) -> tuple[Tensor, Tensor | None]:
-        assert self.spec is not None  # noqa: S101 - forward() looked
-        scale, zero_point = self.scale, self.zero_point
-        if scale is None:
-            wide = grouped if grouped.dtype == torch.float64 else grouped.float()
-            dims = self.spec.granularity.dims(wide.dim(), self.layout)
-            bounds = Bounds(self.grid, self.grid.lo, self.grid.hi, self.spec.torch_scale_dtype)
-            scale, zero_point = self.spec.scale.find(Sample(wide, dims), bounds)
-        factor = self.grid.step_factor
-        return (scale if factor == 1.0 else scale * factor), zero_point
-
-    def extra_repr(self) -> str:
-        """Return the compact form of the spec."""
-        return "" if self.spec is None else self.spec.label.replace(self.spec.grid.label, self.grid.label, 1)
-
-
-def apply_baked_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Forward pre-hook of baked layers with quantized inputs; a module-level function, so that models pickle."""
-    names = ("query", "key", "value") if isinstance(module, nn.MultiheadAttention) else ("input",)
-    done: dict[int, Any] = {}
-
-    def once(x: Any) -> Any:
-        if not isinstance(x, Tensor):
-            return x
-        if id(x) not in done:
-            done[id(x)] = module._modules[BAKED_INPUT](x)  # type: ignore[misc]
-        return done[id(x)]
-
-    args = tuple(once(arg) if i < len(names) else arg for i, arg in enumerate(args))
-    return args, {key: once(value) if key in names else value for key, value in kwargs.items()}
 
 
 def codes(model: nn.Module) -> dict[str, QuantizedTensor]:
@@ -104,37 +37,37 @@ def codes(model: nn.Module) -> dict[str, QuantizedTensor]:
     A weight that several modules share appears once, under its first name.
 
     Raises:
-        ValueError: if the model is neither.
+        ValueError: if the model is neither, or its weights are sharded.
     """
     found: dict[str, QuantizedTensor] = {}
-    seen: set[int] = set()
-    known = False
+    seen: set[object] = set()
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
-        baked: dict[str, QuantizedTensor] = module.__dict__.get(CODES, {})
-        known = known or CODES in module.__dict__ or is_view(module)
-        for slot, tensor in baked.items():
-            if id(tensor) not in seen:
-                found[prefix + slot] = tensor
-                seen.add(id(tensor))
-        for slot in view_names(module):
-            if id(latent(module, slot)) not in seen:
-                found[prefix + slot] = _codes_of(module, slot)
-                seen.add(id(latent(module, slot)))
-    if not known and prepared_state(model) is None:
+        baked: dict[str, QuantizedTensor] = vars(module).get(CODES, {})
+        for slot in (*baked, *view_names(module)):
+            key = id(baked[slot]) if slot in baked else _identity(module, slot)
+            if key not in seen:
+                seen.add(key)
+                found[prefix + slot] = baked[slot] if slot in baked else _codes_of(module, slot)
+    if not found and prepared_state(model) is None and not any(CODES in vars(m) for m in model.modules()):
         raise ValueError(f"{type(model).__name__} is neither prepared nor baked; call prepare(model, recipe) first")
     return found
 
 
+def _identity(module: nn.Module, slot: str) -> object:
+    """Return what two owners of one tied weight have in common; a weight made of several parts is never tied."""
+    parameter = module._parameters.get(slot)
+    return (id(module), slot) if parameter is None else id(parameter)
+
+
 @torch.no_grad()
 def _codes_of(module: nn.Module, slot: str) -> QuantizedTensor:
-    weight = latent(module, slot).detach()
-    transforms: Any = module._modules.get(TRANSFORMS) or ()
-    for transform in transforms:
-        weight = transform.weight(weight)
-    quantizer = module._modules[slot + QUANTIZER_SUFFIX]
-    assert isinstance(quantizer, FakeQuantizer)  # noqa: S101
-    return quantizer.quantize(weight)
+    weight, quantizer = settled(module, slot), weight_quantizer(module, slot)
+    if is_sharded(weight):
+        raise ValueError(
+            f"{quantizer.name}: the weight is sharded (DTensor); load its full checkpoint into a model that is not"
+        )
+    return quantizer.quantize(transformed(module, weight))
 
 
 def bake(model: _Module) -> _Module:
@@ -145,9 +78,9 @@ def bake(model: _Module) -> _Module:
     with quantized inputs carry a child ``baked_input`` that quantizes them in plain operations.
 
     Raises:
-        ValueError: if the model is not prepared, or an input scale was never calibrated.
+        ValueError: if the model is not prepared, is sharded, or an input scale was never calibrated.
     """
-    if not any(is_view(module) or INPUT_QUANTIZER in module._modules for module in model.modules()):
+    if not any(is_view(module) or ARGUMENTS in vars(module) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} is not prepared; call prepare(model, recipe) before bake()")
     for name, module in model.named_modules():
         quantizer = module._modules.get(INPUT_QUANTIZER)
@@ -156,35 +89,54 @@ def bake(model: _Module) -> _Module:
                 f"{name}: the scale of its input was never calibrated; call calibrate() or add Calibration()"
             )
     refresh_scales(model)
+    _drop_graphs(model)
     baked = copy.deepcopy(model)
     values = _quantized_values(baked)
-    inputs = {
-        module: BakedInput(module._modules.get(INPUT_QUANTIZER), module._modules.get(TRANSFORMS))  # type: ignore[arg-type]
-        for module in baked.modules()
-        if any(hook is quantize_inputs for hook in module._forward_pre_hooks.values())
-    }
+    for module in baked.modules():
+        _bake_input(module)
     unprepare(baked)
     for module, slot, value, tensor in values:
         make_plain(module, slot)
         module.register_parameter(slot, value)
-        module.__dict__.setdefault(CODES, {})[slot] = tensor
-    for module, baked_input in inputs.items():
-        module.register_module(BAKED_INPUT, baked_input)
-        module.register_forward_pre_hook(apply_baked_input, with_kwargs=True)
+        vars(module).setdefault(CODES, {})[slot] = tensor
     return baked
+
+
+def _drop_graphs(model: nn.Module) -> None:
+    """Let tensors that pruning and weight_norm recompute before each forward be copied: they belong to a graph."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and value.grad_fn is not None and name in _recomputed(module):
+                vars(module)[name] = value.detach()
+
+
+def _recomputed(module: nn.Module) -> set[Any]:
+    return {getattr(hook, "name", getattr(hook, "_tensor_name", None)) for hook in module._forward_pre_hooks.values()}
+
+
+def _bake_input(module: nn.Module) -> None:
+    """Put a baked input in the place of the hook that fake-quantizes, in the order of the user's own hooks."""
+    for key, hook in module._forward_pre_hooks.items():
+        if hook is quantize_inputs:
+            quantizer, transforms = module._modules.get(INPUT_QUANTIZER), module._modules.get(TRANSFORMS)
+            assert quantizer is None or isinstance(quantizer, FakeQuantizer)  # noqa: S101 - prepare() set it
+            assert transforms is None or isinstance(transforms, nn.ModuleList)  # noqa: S101
+            module.register_module(BAKED_INPUT, BakedInput(quantizer, transforms, getattr(module, ARGUMENTS)))
+            module._forward_pre_hooks[key] = apply_baked_input
 
 
 @torch.no_grad()
 def _quantized_values(model: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter, QuantizedTensor]]:
-    shared: dict[int, tuple[nn.Parameter, QuantizedTensor]] = {}
+    shared: dict[object, tuple[nn.Parameter, QuantizedTensor]] = {}
     values = []
     for module in model.modules():
         for slot in view_names(module):
-            weight = latent(module, slot)
-            if id(weight) not in shared:
-                value = nn.Parameter(fake_quantized(module, slot).detach().clone(), requires_grad=weight.requires_grad)
-                shared[id(weight)] = value, _codes_of(module, slot)
-            values.append((module, slot, *shared[id(weight)]))
+            key = _identity(module, slot)
+            if key not in shared:
+                weight = _codes_of(module, slot)
+                trains = any(parameter.requires_grad for parameter in covered_parameters(module, slot))
+                shared[key] = nn.Parameter(weight.dequantize(), requires_grad=trains), weight
+            values.append((module, slot, *shared[key]))
     return values
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_qat.conversion.prepare import quantizers, refresh_scales
+from lightning_qat.conversion.state import quantizers, refresh_scales
 from lightning_qat.quantization.quantizer import FakeQuantizer
 
 
@@ -69,8 +69,8 @@ def _finish(targets: dict[str, FakeQuantizer]) -> dict[str, int]:
     blind = [name for name, count in seen.items() if not count]
     if blind:
         raise ValueError(
-            f"calibrate: {', '.join(blind[:5])}: no data reached the layer in the calibration batches; pass more batches, "
-            "a forward= that uses it, or leave its input in float with a rule"
+            f"calibrate: no data reached {', '.join(blind[:5])} in the calibration batches; pass more batches or a "
+            "forward= that uses the layer, or leave its input in float with a rule"
         )
     for quantizer in targets.values():
         quantizer.find_scale()

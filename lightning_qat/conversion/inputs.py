@@ -1,41 +1,57 @@
 """Quantized inputs: one module-level forward pre-hook that looks its quantizer up on the module."""
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Final
 
 from torch import Tensor, nn
 
-from lightning_qat.conversion.view import INPUT_QUANTIZER, TRANSFORMS
+from lightning_qat.conversion.view import INPUT_QUANTIZER, QUANTIZER_SUFFIX, TRANSFORMS, view_names
 
-_ATTENTION_INPUTS = ("query", "key", "value")
+ARGUMENTS: Final = "_quantized_arguments"
+"""Where a module keeps the names of the forward's leading arguments that are quantized."""
 
 
 def quantize_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Transform and fake-quantize the input tensors of a module. No closure: copies and pickles stay independent."""
-    if not _enabled(module):
-        return args, kwargs
-    names = _ATTENTION_INPUTS if isinstance(module, nn.MultiheadAttention) else ("input",)
+    return on_inputs(partial(transform_and_quantize, module), getattr(module, ARGUMENTS), args, kwargs)
+
+
+def on_inputs(
+    change: Callable[[Tensor], Tensor], names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Change the tensors among the leading arguments, given by position or by name; the same tensor once."""
     done: dict[int, Tensor] = {}  # attention tests whether query, key and value are the same tensor
-    args = tuple(_once(module, arg, done) if i < len(names) else arg for i, arg in enumerate(args))
-    kwargs = {key: _once(module, arg, done) if key in names else arg for key, arg in kwargs.items()}
-    return args, kwargs
 
+    def once(x: Any) -> Any:
+        if isinstance(x, Tensor) and id(x) not in done:
+            done[id(x)] = change(x)
+        return done[id(x)] if isinstance(x, Tensor) else x
 
-def _enabled(module: nn.Module) -> bool:
-    return all(getattr(child, "enabled", True) for child in module._modules.values())
-
-
-def _once(module: nn.Module, x: Any, done: dict[int, Tensor]) -> Any:
-    if not isinstance(x, Tensor):
-        return x
-    if id(x) not in done:
-        done[id(x)] = transform_and_quantize(module, x)
-    return done[id(x)]
+    changed = tuple(once(arg) if i < len(names) else arg for i, arg in enumerate(args))
+    return changed, {key: once(value) if key in names else value for key, value in kwargs.items()}
 
 
 def transform_and_quantize(module: nn.Module, x: Tensor) -> Tensor:
-    """Return an input as the layer computes with it."""
-    transforms: Any = module._modules.get(TRANSFORMS) or ()
-    for transform in transforms:
-        x = transform.input(x)
+    """Return an input as the layer computes with it; a disabled quantizer keeps its parameters in the graph."""
+    if TRANSFORMS in module._modules and _transforms_apply(module):
+        transforms: Any = module._modules[TRANSFORMS]
+        for transform in transforms:
+            x = transform.input(x)
     quantizer = module._modules.get(INPUT_QUANTIZER)
     return x if quantizer is None else quantizer(x)
+
+
+def _transforms_apply(module: nn.Module) -> bool:
+    """Whether the weight is transformed, too: a rotation of one of them alone would change the layer's output."""
+    names = view_names(module)
+    decisive: Any = module._modules[names[0] + QUANTIZER_SUFFIX if names else INPUT_QUANTIZER]
+    return bool(decisive.enabled)
+
+
+def remove_hook(module: nn.Module, hook: Any) -> None:
+    """Remove a forward pre-hook that takes keyword arguments, wherever it is registered."""
+    for key, present in list(module._forward_pre_hooks.items()):
+        if present is hook:
+            del module._forward_pre_hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)

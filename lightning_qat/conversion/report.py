@@ -1,14 +1,15 @@
-"""What became of every weight."""
+"""What became of every weight, as data and as a table."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final, final
 
-from lightning_qat.quantization.recipe import Rule
-
 QUANTIZED: Final = "quantized"
 FLOAT: Final = "float"
 UNSUPPORTED: Final = "unsupported"
+ONE_DIMENSIONAL: Final = "one-dimensional: biases, norms"
+_HEADER: Final = ("weight", "elements", "decision", "how or why")
 
 
 @final
@@ -42,7 +43,7 @@ class ConversionReport:
 
     Args:
         rows: one per parameter.
-        problems: rules of the user that match nothing or are shadowed, in words.
+        problems: rules of the user that have no effect, in words.
     """
 
     rows: tuple[ReportRow, ...]
@@ -72,61 +73,46 @@ class ConversionReport:
             raise ValueError("\n".join(self.problems))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data."""
-        return {"num_weights": self.num_weights, "rows": [asdict(row) for row in self.rows]}
+        """Return plain data, readable as JSON."""
+        rows = [asdict(row) for row in self.rows]
+        return {"num_weights": self.num_weights, "bits_per_weight": self.bits_per_weight, "rows": rows}
 
     def __iter__(self) -> Iterator[ReportRow]:
         return iter(self.rows)
 
     def __str__(self) -> str:
-        """Return a table; small float parameters of one kind are summed up."""
-        lines = [(row.name, f"{row.numel:,}", row.decision, row.detail) for row in self.rows if row.decision != FLOAT]
-        lines += [(row.name, f"{row.numel:,}", row.decision, row.detail) for row in self._large_floats()]
-        small = [row for row in self.rows if row.decision == FLOAT and row not in self._large_floats()]
-        if small:
-            total = sum(row.numel for row in small)
-            lines.append((f"({len(small)} biases, norms, ...)", f"{total:,}", FLOAT, "one-dimensional"))
-        header = ("weight", "elements", "decision", "how or why")
-        widths = [max(len(line[i]) for line in [header, *lines]) for i in range(4)]
-        table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-                 for line in [header, *lines]]  # fmt: skip
+        """Return a table; rows that differ only in the numbers of their names are one line."""
+        cells = [_HEADER, *map(_cells, _groups(self.rows))]
+        widths = [max(len(line[column]) for line in cells) for column in range(len(_HEADER))]
+        table = [_line(line, widths) for line in cells]
         shares = ", ".join(f"{100 * self.share(kind):.1f} % {kind}" for kind in (QUANTIZED, FLOAT, UNSUPPORTED))
-        return "\n".join(
-            [*table, f"{self.num_weights:,} elements: {shares}; {self.bits_per_weight:.2f} bits per weight"]
-        )
-
-    def _large_floats(self) -> list[ReportRow]:
-        return [row for row in self.rows if row.decision == FLOAT and row.detail != "one-dimensional"]
+        table.append(f"{self.num_weights:,} elements: {shares}; {self.bits_per_weight:.2f} bits per weight")
+        return "\n".join([*table, *(f"no effect: {problem}" for problem in self.problems)])
 
 
-def rule_problems(rules: tuple[Rule, ...], modules: dict[str, Any]) -> tuple[str, ...]:
-    """Return what is wrong with rules of the user: they match nothing, or an earlier rule takes all they match."""
-    problems = []
-    for index, rule in enumerate(rules):
-        if rule.source:
-            continue
-        by_name = [name for name in modules if rule.matches_name(name)]
-        matched = [name for name in by_name if rule.matches_type(modules[name])]
-        if not matched:
-            problems.append(_nothing_matched(rule, by_name, modules))
-            continue
-        first = {name: next(i for i, r in enumerate(rules) if r.matches(name, modules[name])) for name in matched}
-        if all(i < index for i in first.values()):
-            earlier = rules[min(first.values())]
-            problems.append(
-                f"{rule!r}: everything it matches is taken by an earlier rule, {earlier.match!r}; move it up"
-            )
-    return tuple(problems)
+def _groups(rows: tuple[ReportRow, ...]) -> list[list[ReportRow]]:
+    groups: dict[tuple[str, ...], list[ReportRow]] = {}
+    for order in (QUANTIZED, UNSUPPORTED, FLOAT):
+        for row in rows:
+            if row.decision == order:
+                groups.setdefault((*_family(row), row.decision, row.detail), []).append(row)
+    return list(groups.values())
 
 
-def _nothing_matched(rule: Rule, by_name: list[str], modules: dict[str, Any]) -> str:
-    if by_name:
-        kinds = sorted({type(modules[name]).__name__ for name in by_name})
-        return (
-            f"Rule({rule.match!r}, ...) matches {by_name[0]!r} by name, but of types {kinds} it is for none; "
-            "name the types in types=(...)"
-        )
-    import difflib
+def _family(row: ReportRow) -> tuple[str, ...]:
+    """Return what groups a row: biases and norms go together, else what the name is apart from its numbers."""
+    if row.decision == FLOAT and row.detail == ONE_DIMENSIONAL:
+        return ("",)
+    return (re.sub(r"\d+", "*", row.name), row.kind)
 
-    near = difflib.get_close_matches(rule.match.strip("*."), [name for name in modules if name], n=3, cutoff=0.3)
-    return f"Rule({rule.match!r}, ...) matches no layer; similar names: {near or sorted(filter(None, modules))[:8]}"
+
+def _cells(rows: list[ReportRow]) -> tuple[str, str, str, str]:
+    first = rows[0]
+    name = first.name if len(rows) == 1 else f"{_family(first)[0] or 'others'} ({len(rows)})"
+    return name, f"{sum(row.numel for row in rows):,}", first.decision, first.detail
+
+
+def _line(cells: tuple[str, ...], widths: list[int]) -> str:
+    name, elements, decision, detail = cells
+    padded = (name.ljust(widths[0]), elements.rjust(widths[1]), decision.ljust(widths[2]), detail)
+    return "  ".join(padded).rstrip()

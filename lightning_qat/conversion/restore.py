@@ -169,9 +169,10 @@ def _check_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 def _build_input(module: nn.Module, described: InputDescription) -> BakedInput:
     slots = slots_of(module)
     width = (slots.in_features if slots else None) or 0
+    arguments = slots.arguments if slots else ("input",)
     transforms = nn.ModuleList(value.build(width) for value in described.transforms)
     if described.spec is None or described.grid is None:
-        return BakedInput(None, transforms)
+        return BakedInput(None, transforms, arguments)
     quantizer = FakeQuantizer(described.spec, (), described.layout)
     quantizer.set_grid(described.grid)
     with torch.no_grad():
@@ -179,4 +180,4 @@ def _build_input(module: nn.Module, described: InputDescription) -> BakedInput:
             quantizer.scale.copy_(described.scale)
         if described.zero_point is not None and quantizer.zero_point is not None:
             quantizer.zero_point.copy_(described.zero_point)
-    return BakedInput(quantizer, transforms).to(next(iter(module.parameters())).device)
+    return BakedInput(quantizer, transforms, arguments).to(next(iter(module.parameters())).device)

@@ -1,10 +1,12 @@
 """Recipes: ordered rules that say which layer gets which quantizers."""
 
 import dataclasses
+import difflib
 import fnmatch
 import functools
+import importlib
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, final
 
 from torch import nn
@@ -32,25 +34,29 @@ class Rule:
     Args:
         match: glob over dotted module names, such as ``"*.attention.*"``; ``*`` also matches dots.
         spec: quantizers, or None for float.
-        types: module types (subclasses included). A rule with ``spec=None`` and default types matches every type.
-        source: the named recipe a rule comes from; only rules without one must match something.
+        types: module types (subclasses included), in configs as dotted names. A rule with ``spec=None`` and default
+            types matches every type.
+        source: the named recipe a rule comes from; only rules without one must match something. It does not count
+            when rules are compared.
 
     Raises:
         TypeError: an argument of the wrong kind.
+        ValueError: a dotted name that is no module type.
     """
 
     match: str
     spec: LayerSpec | None
     types: tuple[type[nn.Module], ...] = DEFAULT_TYPES
-    source: str = ""
+    source: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.match, str) or not self.match:
             raise TypeError(f"Rule: match={self.match!r} is not a glob over module names, such as '*.attention.*'")
         if self.spec is not None and not isinstance(self.spec, LayerSpec):
             raise TypeError(f"Rule({self.match!r}): spec={self.spec!r} is neither a LayerSpec nor None")
-        if isinstance(self.types, list):  # as YAML gives it
-            object.__setattr__(self, "types", tuple(self.types))
+        if isinstance(self.types, list | tuple):  # as YAML gives it
+            types = tuple(_import_type(kind) if isinstance(kind, str) else kind for kind in self.types)
+            object.__setattr__(self, "types", types)
         if not isinstance(self.types, tuple) or not all(
             isinstance(t, type) and issubclass(t, nn.Module) for t in self.types
         ):
@@ -123,6 +129,24 @@ class Recipe:
         return recipe
 
 
+def difference(present: Recipe, given: Recipe) -> str:
+    """Return in lines how two recipes differ: rules of the first with ``-``, of the second with ``+``."""
+    before, after = ([repr(dataclasses.replace(r, source="")) for r in recipe.rules] for recipe in (present, given))
+    lines = difflib.ndiff(before, after)
+    return "\n".join(f"  {line}" for line in lines if not line.startswith("?"))
+
+
+def _import_type(dotted: str) -> Any:
+    module, _, name = dotted.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError):
+        raise ValueError(
+            f"Rule: types={dotted!r} cannot be imported; give the dotted name of a module type, such as "
+            "'torch.nn.Embedding'"
+        ) from None
+
+
 def _dotted(kind: type) -> str:
     if getattr(nn, kind.__name__, None) is kind:
         return f"torch.nn.{kind.__name__}"
@@ -170,5 +194,5 @@ def from_plain(value: Any) -> Any:
     if kind is None:
         raise ValueError(f"Recipe.from_dict: {name!r} is unknown; known are {sorted(_registry())}")
     if kind is Rule:
-        fields["types"] = tuple(_resolve_type(dotted) for dotted in fields["types"])
+        fields["types"] = tuple(_resolve_type(dotted) for dotted in fields.get("types", map(_dotted, DEFAULT_TYPES)))
     return kind(**{key: item if key == "types" else from_plain(item) for key, item in fields.items()})

@@ -16,6 +16,7 @@ class Transform(ABC):
     """A frozen value that builds the module which does the work."""
 
     changes_input: ClassVar[bool] = True
+    changes_weight: ClassVar[bool] = True
 
     @abstractmethod
     def build(self, in_features: int) -> "TransformModule":
@@ -101,6 +102,7 @@ class Normalize(Transform):
     """
 
     eps: float = 1e-5
+    changes_weight: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not 0 < self.eps < float("inf"):

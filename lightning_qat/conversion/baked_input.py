@@ -1,0 +1,87 @@
+"""What a baked layer does to its input, in plain operations."""
+
+from typing import Any, Final, final
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qat.conversion.inputs import on_inputs
+from lightning_qat.functional.fake_quantize import dequantize, narrow, positive_scale, quantize
+from lightning_qat.functional.scaling import Sample
+from lightning_qat.quantization.quantizer import FakeQuantizer
+from lightning_qat.quantization.scale import Bounds
+
+BAKED_INPUT: Final = "baked_input"
+"""Name of the child that a baked layer with a quantized input has."""
+
+
+@final
+class BakedInput(nn.Module):
+    """Quantizes an input with the numbers that training ended with; no gradient passes the rounding.
+
+    Args:
+        quantizer: the trained quantizer of the input, or None.
+        transforms: what comes before it.
+        arguments: names of the forward's leading arguments that make up the input.
+    """
+
+    scale: Tensor | None
+    zero_point: Tensor | None
+    lo: Tensor
+    hi: Tensor
+
+    def __init__(
+        self,
+        quantizer: FakeQuantizer | None,
+        transforms: nn.ModuleList | None,
+        arguments: tuple[str, ...] = ("input",),
+    ) -> None:
+        super().__init__()
+        self.transforms = transforms or nn.ModuleList()
+        self.arguments = arguments
+        self.spec = None if quantizer is None else quantizer.spec
+        if quantizer is None:
+            return
+        self.grid, self.layout = quantizer.grid, quantizer.layout
+        scale = quantizer.scale.detach() if quantizer.stored else None
+        if scale is not None and quantizer.learned:
+            scale = positive_scale(scale, quantizer.spec.torch_scale_dtype)
+        self.register_buffer("scale", None if scale is None else scale.clone())
+        zero_point = quantizer.zero_point
+        self.register_buffer("zero_point", None if zero_point is None else torch.round(zero_point.detach()))
+        # Tensors as in training: accelerators divide by a number and by a tensor differently.
+        self.register_buffer("lo", quantizer.lo.clone(), persistent=False)
+        self.register_buffer("hi", quantizer.hi.clone(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the input as the trained layer computes with it."""
+        for transform in self.transforms:
+            x = transform.input(x)  # type: ignore[operator]
+        if self.spec is None:
+            return x
+        grouped = self.spec.granularity.group(x, self.layout)
+        scale, zero_point = self._scale(grouped)
+        levels = quantize(grouped, scale, zero_point, lo=self.lo, hi=self.hi, rounding=self.grid)
+        values = narrow(dequantize(levels, scale, zero_point), x.dtype)
+        return self.spec.granularity.ungroup(values, tuple(x.shape), self.layout)
+
+    def _scale(self, grouped: Tensor) -> tuple[Tensor, Tensor | None]:
+        assert self.spec is not None  # noqa: S101 - forward() looked
+        scale, zero_point = self.scale, self.zero_point
+        if scale is None:
+            wide = grouped if grouped.dtype == torch.float64 else grouped.float()
+            dims = self.spec.granularity.dims(wide.dim(), self.layout)
+            bounds = Bounds(self.grid, self.lo, self.hi, self.spec.torch_scale_dtype)
+            scale, zero_point = self.spec.scale.find(Sample(wide, dims), bounds)
+        factor = self.grid.step_factor
+        return (scale if factor == 1.0 else scale * factor), zero_point
+
+    def extra_repr(self) -> str:
+        """Return the compact form of the spec."""
+        return "" if self.spec is None else self.spec.label.replace(self.spec.grid.label, self.grid.label, 1)
+
+
+def apply_baked_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Forward pre-hook of baked layers with quantized inputs; a module-level function, so that models pickle."""
+    baked_input: Any = module._modules[BAKED_INPUT]
+    return on_inputs(baked_input, baked_input.arguments, args, kwargs)

@@ -1,0 +1,81 @@
+"""What a prepared model remembers and holds, by dotted name."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final, final
+
+from torch import nn
+
+from lightning_qat.conversion.view import TRANSFORMS, find_scale, latent, view_names, weight_quantizer
+from lightning_qat.quantization.quantizer import FakeQuantizer
+from lightning_qat.quantization.recipe import Recipe
+
+_STATE: Final = "_lightning_qat"
+
+
+@final
+@dataclass(frozen=True)
+class PreparedState:
+    """What a prepared root module remembers: plain attribute, not part of its state_dict."""
+
+    recipe: Recipe
+    arithmetic: str
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """Return the module that ``torch.compile`` wrapped, or the model itself."""
+    inner: Any = model._modules.get("_orig_mod")
+    return model if inner is None else inner
+
+
+def prepared_state(model: nn.Module) -> PreparedState | None:
+    """Return what a prepared root module remembers, or None."""
+    state: PreparedState | None = uncompiled(model).__dict__.get(_STATE)
+    return state
+
+
+def remember(model: nn.Module, state: PreparedState) -> None:
+    """Keep the state in a root module."""
+    vars(uncompiled(model))[_STATE] = state
+
+
+def forget(module: nn.Module) -> None:
+    """Drop the state of a module, if it has one."""
+    vars(module).pop(_STATE, None)
+
+
+def layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the user's modules by dotted name: without quantizers, and without what torch.compile puts between."""
+    return dict(_walk(uncompiled(model), "", set()))
+
+
+def _walk(module: nn.Module, name: str, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
+    module = uncompiled(module)
+    if id(module) in seen or isinstance(module, FakeQuantizer):
+        return
+    seen.add(id(module))
+    yield name, module
+    for key, child in module._modules.items():
+        if child is not None and key != TRANSFORMS:
+            yield from _walk(child, f"{name}.{key}" if name else key, seen)
+
+
+def quantizers(model: nn.Module) -> dict[str, FakeQuantizer]:
+    """Return the quantizers of a model by dotted name; a shared one appears once."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, FakeQuantizer)}
+
+
+def refresh_scales(model: nn.Module) -> None:
+    """Find the weight scales anew that a float checkpoint, ``to_empty`` or an initializer made stale.
+
+    Where weights are sharded (FSDP2), all processes must call this.
+    """
+    for module in model.modules():
+        for slot in view_names(module):
+            if weight_quantizer(module, slot).stale and not latent(module, slot).is_meta:
+                find_scale(module, slot)
+
+
+def refresh_after_load(module: nn.Module, incompatible_keys: Any) -> None:
+    """Post-hook of ``load_state_dict``; a module-level function, so that models pickle."""
+    refresh_scales(module)

@@ -1,0 +1,56 @@
+"""The way back from prepare(): for good, or for the length of a context."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from lightning_qat.conversion.inputs import ARGUMENTS, quantize_inputs, remove_hook
+from lightning_qat.conversion.state import forget, quantizers, refresh_after_load
+from lightning_qat.conversion.view import (
+    INPUT_QUANTIZER,
+    QUANTIZER_SUFFIX,
+    TRANSFORMS,
+    check_detachable,
+    detach,
+    view_names,
+)
+
+
+def unprepare(model: nn.Module) -> nn.Module:
+    """Give back the plain float model with its latent weights, in place; a model that is not prepared stays as it is.
+
+    Raises:
+        RuntimeError: if a class was put on top of a prepared module since (``fully_shard``).
+    """
+    for module in model.modules():
+        check_detachable(module)
+    for module in list(model.modules()):
+        ours = [name + QUANTIZER_SUFFIX for name in view_names(module)]
+        if ours:
+            detach(module)
+        if ARGUMENTS in vars(module):
+            remove_hook(module, quantize_inputs)
+            delattr(module, ARGUMENTS)
+            ours.append(INPUT_QUANTIZER)
+        for name in (*ours, TRANSFORMS):
+            module._modules.pop(name, None)
+        for key, hook in list(module._load_state_dict_post_hooks.items()):
+            if hook is refresh_after_load:
+                del module._load_state_dict_post_hooks[key]
+        forget(module)
+    return model
+
+
+@contextmanager
+def float_weights(model: nn.Module) -> Iterator[None]:
+    """Turn quantization of weights and inputs off inside the context: the model computes with its latent weights."""
+    present = list(quantizers(model).values())
+    before = [quantizer.enabled for quantizer in present]
+    try:
+        for quantizer in present:
+            quantizer.enabled = False
+        yield
+    finally:
+        for quantizer, enabled in zip(present, before, strict=True):
+            quantizer.enabled = enabled
