@@ -1,9 +1,9 @@
 """Attachment: how callbacks act where Lightning has no hook for callbacks.
 
 Between ``setup`` and the restoring of a checkpoint, and while optimizers are being built, only methods of the
-LightningModule run. While our callbacks are attached, the module's class is a cached subclass of its own class that calls
-the user's method and then asks the callbacks of the trainer. Nothing is stored on the module: a copy without a trainer
-behaves as the user wrote it.
+LightningModule run. While our callbacks are attached, the module's class is a cached subclass of its own class that
+calls the user's method and then asks the callbacks of the trainer. Nothing is stored on the module: a copy without a
+trainer behaves as the user wrote it.
 """
 
 import functools
@@ -34,7 +34,7 @@ class ModuleHooks:
         """Return a context in which ``training_step`` runs."""
         return nullcontext()
 
-    def training_step_done(self, pl_module: "pl.LightningModule", output: Any) -> Any:
+    def training_step_done(self, pl_module: "pl.LightningModule", output: Any, batch: Any) -> Any:
         """Return the output of ``training_step``, possibly with a loss added."""
         return output
 
@@ -104,7 +104,7 @@ def _training_step(base: Callable[..., Any]) -> Callable[..., Any]:
                 stack.enter_context(hook.running_training_step(self))
             output = base(self, *args, **kwargs)
             for hook in _hooks(self):
-                output = hook.training_step_done(self, output)
+                output = hook.training_step_done(self, output, args[0] if args else kwargs.get("batch"))
         return output
 
     return training_step

@@ -113,7 +113,7 @@ class QATCallback(pl.Callback, ModuleHooks):
 
     @override
     def on_validation_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        if not trainer.state.fn == "fit":
+        if trainer.state.fn != "fit":
             self._check_prepared(trainer, pl_module)
 
     @override
