@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lightning_qat.conversion.baked_input import BAKED_INPUT, BakedInput, apply_baked_input
+from lightning_qat.conversion.baked_input import BAKED_ARGUMENTS, BAKED_INPUT, BakedInput, apply_baked_input
 from lightning_qat.conversion.inputs import ARGUMENTS, quantize_inputs
 from lightning_qat.conversion.sharding import is_sharded
 from lightning_qat.conversion.slots import covered_parameters
@@ -121,7 +121,8 @@ def _bake_input(module: nn.Module) -> None:
             quantizer, transforms = module._modules.get(INPUT_QUANTIZER), module._modules.get(TRANSFORMS)
             assert quantizer is None or isinstance(quantizer, FakeQuantizer)  # noqa: S101 - prepare() set it
             assert transforms is None or isinstance(transforms, nn.ModuleList)  # noqa: S101
-            module.register_module(BAKED_INPUT, BakedInput(quantizer, transforms, getattr(module, ARGUMENTS)))
+            module.register_module(BAKED_INPUT, BakedInput(quantizer, transforms))
+            setattr(module, BAKED_ARGUMENTS, getattr(module, ARGUMENTS))
             module._forward_pre_hooks[key] = apply_baked_input
 
 

@@ -13,6 +13,8 @@ from lightning_qat.quantization.scale import Bounds
 
 BAKED_INPUT: Final = "baked_input"
 """Name of the child that a baked layer with a quantized input has."""
+BAKED_ARGUMENTS: Final = "_baked_arguments"
+"""Where such a layer keeps the names of the forward's leading arguments that make up the input."""
 
 
 @final
@@ -22,7 +24,6 @@ class BakedInput(nn.Module):
     Args:
         quantizer: the trained quantizer of the input, or None.
         transforms: what comes before it.
-        arguments: names of the forward's leading arguments that make up the input.
     """
 
     scale: Tensor | None
@@ -30,15 +31,9 @@ class BakedInput(nn.Module):
     lo: Tensor
     hi: Tensor
 
-    def __init__(
-        self,
-        quantizer: FakeQuantizer | None,
-        transforms: nn.ModuleList | None,
-        arguments: tuple[str, ...] = ("input",),
-    ) -> None:
+    def __init__(self, quantizer: FakeQuantizer | None, transforms: nn.ModuleList | None) -> None:
         super().__init__()
         self.transforms = transforms or nn.ModuleList()
-        self.arguments = arguments
         self.spec = None if quantizer is None else quantizer.spec
         if quantizer is None:
             return
@@ -84,4 +79,4 @@ class BakedInput(nn.Module):
 def apply_baked_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Forward pre-hook of baked layers with quantized inputs; a module-level function, so that models pickle."""
     baked_input: Any = module._modules[BAKED_INPUT]
-    return on_inputs(baked_input, baked_input.arguments, args, kwargs)
+    return on_inputs(baked_input, getattr(module, BAKED_ARGUMENTS), args, kwargs)

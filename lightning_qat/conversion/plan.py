@@ -97,8 +97,8 @@ class Decision:
         Raises:
             ValueError: naming the owners.
         """
-        asked = {_what_becomes_of_it(owner) for owner in self.owners}
-        if not self.reason and len(asked) > 1:
+        asked = set() if self.reason else {_what_becomes_of_it(owner) for owner in self.owners}
+        if len(asked) > 1:
             raise ValueError(
                 f"{' and '.join(self.names)} are one weight, but would be quantized differently; give all its owners "
                 f"the same weight quantizer and transforms (found: {'; '.join(sorted(str(a[0].label) for a in asked))})"

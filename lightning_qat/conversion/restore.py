@@ -7,7 +7,8 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from lightning_qat.conversion.bake import BAKED_INPUT, CODES, BakedInput, apply_baked_input, make_plain
+from lightning_qat.conversion.bake import CODES, make_plain
+from lightning_qat.conversion.baked_input import BAKED_ARGUMENTS, BAKED_INPUT, BakedInput, apply_baked_input
 from lightning_qat.conversion.slots import slots_of
 from lightning_qat.quantization.granularity import Layout
 from lightning_qat.quantization.grid import Grid
@@ -104,6 +105,8 @@ def restore_baked(
         modules[owner].__dict__.setdefault(CODES, {})[slot] = weights[aliases.get(name, name)]
     for name, described in inputs.items():
         modules[name].register_module(BAKED_INPUT, _build_input(modules[name], described))
+        slots = slots_of(modules[name])
+        setattr(modules[name], BAKED_ARGUMENTS, slots.arguments if slots else ("input",))
         modules[name].register_forward_pre_hook(apply_baked_input, with_kwargs=True)
     return model
 
@@ -169,10 +172,9 @@ def _check_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 def _build_input(module: nn.Module, described: InputDescription) -> BakedInput:
     slots = slots_of(module)
     width = (slots.in_features if slots else None) or 0
-    arguments = slots.arguments if slots else ("input",)
     transforms = nn.ModuleList(value.build(width) for value in described.transforms)
     if described.spec is None or described.grid is None:
-        return BakedInput(None, transforms, arguments)
+        return BakedInput(None, transforms)
     quantizer = FakeQuantizer(described.spec, (), described.layout)
     quantizer.set_grid(described.grid)
     with torch.no_grad():
@@ -180,4 +182,4 @@ def _build_input(module: nn.Module, described: InputDescription) -> BakedInput:
             quantizer.scale.copy_(described.scale)
         if described.zero_point is not None and quantizer.zero_point is not None:
             quantizer.zero_point.copy_(described.zero_point)
-    return BakedInput(quantizer, transforms, arguments).to(next(iter(module.parameters())).device)
+    return BakedInput(quantizer, transforms).to(next(iter(module.parameters())).device)
