@@ -43,7 +43,16 @@ def calibrate(
     Raises:
         ValueError: no batches, or layers that saw no data.
     """
-    targets = stored_inputs(model)
+    return find_input_scales(model, stored_inputs(model), batches, forward)
+
+
+def find_input_scales(
+    model: nn.Module,
+    targets: dict[str, FakeQuantizer],
+    batches: Iterable[Any],
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+) -> dict[str, int]:
+    """Do what :func:`calibrate` does for some of the quantizers of a model, by dotted name; the others stay."""
     if not targets:
         return {}
     refresh_scales(model)
