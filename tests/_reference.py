@@ -105,12 +105,17 @@ def least_error(x: Tensor, grid: ReferenceGrid, candidates: Iterable[tuple[Tenso
 
 
 def divergence(x: Tensor, step: float, grid: ReferenceGrid, bins: int = 256) -> float:
-    """KL(P || Q): P a histogram over -amax..amax, Q its mass averaged over the bins that share a level."""
+    """KL(P || Q): P a histogram over -amax..amax, Q its mass averaged over the bins that share a level.
+
+    The two bins beside zero count no more than their neighbors, so that zeros after a ReLU do not rule.
+    """
     values = x.double().flatten().tolist()
     amax = max(abs(value) for value in values)
     mass = [0] * bins
     for value in values:
         mass[min(int((value / amax + 1) * (bins / 2)), bins - 1)] += 1
+    for beside, neighbor in ((bins // 2, bins // 2 + 1), (bins // 2 - 1, bins // 2 - 2)):
+        mass[beside] = min(mass[beside], mass[neighbor])
     centers = torch.tensor([((index + 0.5) * 2 / bins - 1) * amax for index in range(bins)], dtype=torch.float64)
     level_of = quantize(centers, torch.tensor(step), 0.0, grid).tolist()
     pooled: dict[float, list[int]] = {}

@@ -13,7 +13,10 @@ from lightning_qat.functional.fake_quantize import Rounding, dequantize, finish_
 _CHUNK = 1 << 18  # elements searched at a time: the temporaries then stay in the cache
 _COARSE = tuple(2.0 ** (-k / 4) for k in range(21))
 _FINE = tuple(2.0 ** (k / 16) for k in (-2, -1, 1, 2))
+_FINEST = tuple(2.0 ** (k / 32) for k in (-1, 1))
+_AROUND_MEAN = (0.7, 1.0, 1.4)
 _LEAST_SQUARES_STEPS = 3
+_SLACK = 1e-5  # a least-squares step is exact, so it may look worse by what rounding adds to the sum of errors
 
 
 class GridLike(Rounding, Protocol):
@@ -37,6 +40,9 @@ class GridLike(Rounding, Protocol):
 
     def absmax_scale(self, amax: Tensor, lo: Tensor | float, hi: Tensor | float) -> Tensor:
         """Return the scale that puts amax on the end of the grid."""
+
+    def absmean_scale(self, mean: Tensor, hi: Tensor | float) -> Tensor:
+        """Return the scale that suits a mean absolute value."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,9 +167,9 @@ class _Best:
         square = square if self.sample.counts is None else square * self.sample.counts
         return torch.nan_to_num(square.sum(self.sample.dims, keepdim=True)), levels
 
-    def consider(self, scale: Tensor, zero_point: Tensor | None) -> None:
+    def consider(self, scale: Tensor, zero_point: Tensor | None, slack: float = 0.0) -> None:
         error, _ = self._error(scale, zero_point)
-        better = error < self.error
+        better = error < self.error * (1 + slack)
         self.error, self.scale = torch.where(better, error, self.error), torch.where(better, scale, self.scale)
         if zero_point is not None and self.zero_point is not None:
             self.zero_point = torch.where(better, zero_point, self.zero_point)
@@ -172,6 +178,17 @@ class _Best:
         return range_to_scale(
             self.minimum * factor, self.maximum * factor, self.grid, self.grid.lo, self.grid.hi, self.dtype
         )
+
+    def others(self) -> Iterator[Tensor]:
+        """Yield candidates beyond multiples of AbsMax: the scale that clips nothing, and some near the mean for outliers."""
+        amax = torch.maximum(self.maximum / self.grid.hi, self.minimum / self.grid.lo)
+        yield self._finish(amax / self.grid.step_factor)
+        mean = self.grid.absmean_scale(self.sample.mean(), self.grid.hi)
+        for factor in _AROUND_MEAN:
+            yield self._finish(mean * factor)
+
+    def _finish(self, scale: Tensor) -> Tensor:
+        return finish_scale(scale, self.dtype).to(self.scale.dtype)
 
     def refine(self) -> None:
         """Try the least-squares scale for the present levels, <x, q> / <q, q>."""
@@ -182,7 +199,7 @@ class _Best:
         top = (torch.nan_to_num(self.sample.values) * weighted).sum(dims, keepdim=True)
         bottom = (levels * weighted).sum(dims, keepdim=True) * self.grid.step_factor
         found = torch.where((bottom > 0) & (top > 0), top / bottom, self.scale)
-        self.consider(finish_scale(found, self.dtype).to(self.scale.dtype), self.zero_point)
+        self.consider(self._finish(found), self.zero_point, slack=_SLACK)
 
 
 def _search(sample: Sample, grid: GridLike, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -190,9 +207,12 @@ def _search(sample: Sample, grid: GridLike, dtype: torch.dtype) -> tuple[Tensor,
     start = best.scale
     for factor in _COARSE:
         best.consider(*best.shrink(factor))
-    middle = best.scale / start
-    for factor in _FINE:
-        best.consider(*best.shrink(middle * factor))
+    for candidate in best.others() if grid.symmetric else ():
+        best.consider(candidate, None)
+    for factors in (_FINE, _FINEST):
+        middle = best.scale / start
+        for factor in factors:
+            best.consider(*best.shrink(middle * factor))
     for _ in range(_LEAST_SQUARES_STEPS):
         best.refine()
     return best.scale, best.zero_point
@@ -211,9 +231,10 @@ def _chunks(sample: Sample) -> Iterator[Sample]:
 def minimum_error_scale(sample: Sample, grid: GridLike, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     r"""Return the scale (and zero point) that minimizes the squared error :math:`\sum (\hat x - x)^2` of each group.
 
-    Multiples of the AbsMax scale from 1 down to 1/32, then finer ones around the best, then least-squares steps
-    :math:`s = \langle x, q \rangle / \langle q, q \rangle`, each kept only where it lowers the error. For ``Binary``
-    the result is the exact optimum, the mean absolute value.
+    Multiples of the AbsMax scale from 1 down to 1/32, the scale that clips nothing and multiples of the AbsMean scale,
+    then finer multiples around the best, then least-squares steps :math:`s = \langle x, q \rangle / \langle q, q
+    \rangle`, each kept only where it lowers the error. For ``Binary`` the result is the exact optimum, the mean
+    absolute value.
     """
     parts = [_search(chunk, grid, dtype) for chunk in _chunks(sample)]
     zero_points = [zero for _, zero in parts if zero is not None]
@@ -227,7 +248,7 @@ def entropy_scale(sample: Sample, grid: GridLike, dtype: torch.dtype) -> tuple[T
 
     Source: TensorRT's entropy calibration (S. Migacz, GTC 2017); deviations: values beyond the range
     stay in the outermost level instead of being dropped, and mass is averaged over empty bins, too, because the
-    histograms of small groups are mostly empty.
+    histograms of small groups are mostly empty. As there, the bins beside zero count no more than their neighbors.
     """
     centers, mass = _histogram(sample)
     minimum, maximum = (part.reshape(-1, 1) for part in sample.range())
@@ -250,6 +271,10 @@ def _histogram(sample: Sample, bins: int = 256) -> tuple[Tensor, Tensor]:
     amax = rows.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     index = ((rows / amax + 1) * (bins / 2)).long().clamp(0, bins - 1)
     mass = weight.new_zeros(rows.shape[0], bins).scatter_add_(1, index, weight)
+    # Exact zeros, as after a ReLU, cost nothing on any grid; spread over the cell of zero they would rule the choice.
+    middle = bins // 2
+    mass[:, middle] = torch.minimum(mass[:, middle], mass[:, middle + 1])
+    mass[:, middle - 1] = torch.minimum(mass[:, middle - 1], mass[:, middle - 2])
     centers = (torch.arange(bins, dtype=torch.float32, device=rows.device) + 0.5) * (2 / bins) - 1
     return centers * amax, mass
 

@@ -14,6 +14,7 @@ from lightning_qat.functional.gradients import (
     staircase_temperature_slope,
     within,
 )
+from lightning_qat.quantization._checks import check_number, check_positive
 
 TEMPERATURE_RANGE: Final = (0.03, 1000.0)
 """Learned temperatures stay within: below, the slope underflows inside the cells; above, it is 1 within float32."""
@@ -37,12 +38,6 @@ class Gradient(ABC):
     def label(self) -> str:
         """Compact name used in logs."""
         return type(self).__name__.lower()
-
-
-def _check_positive(owner: str, name: str, value: float, *, zero_allowed: bool = False) -> None:
-    if not (value >= 0 if zero_allowed else value > 0) or value == float("inf"):
-        kind = "finite and not negative" if zero_allowed else "positive and finite"
-        raise ValueError(f"{owner}: {name}={value} is not allowed; choose a value that is {kind}")
 
 
 @final
@@ -77,7 +72,7 @@ class Clipped(Gradient):
 
     def __post_init__(self) -> None:
         if self.threshold is not None:
-            _check_positive("Clipped", "threshold", self.threshold)
+            check_positive("Clipped: threshold", self.threshold)
 
     @override
     def input_gradient(self, grad: Tensor, point: Point) -> Tensor:
@@ -99,7 +94,7 @@ class Soft(Gradient):
     temperature: float = 0.5
 
     def __post_init__(self) -> None:
-        _check_positive("Soft", "temperature", self.temperature)
+        check_positive("Soft: temperature", self.temperature)
 
     @override
     def input_gradient(self, grad: Tensor, point: Point) -> Tensor:
@@ -130,10 +125,8 @@ class LearnedSoft(Gradient):
 
     def __post_init__(self) -> None:
         least, largest = TEMPERATURE_RANGE
-        if not least <= self.temperature <= largest:
-            raise ValueError(
-                f"LearnedSoft: temperature={self.temperature} is not allowed; choose one from {least} to {largest:g}"
-            )
+        allowed = f"a value from {least} to {largest:g}"
+        check_number("LearnedSoft: temperature", self.temperature, allowed, holds=lambda t: least <= t <= largest)
 
     @override
     def input_gradient(self, grad: Tensor, point: Point) -> Tensor:
@@ -164,7 +157,8 @@ class ElementwiseScaling(Gradient):
     delta: float = 0.1
 
     def __post_init__(self) -> None:
-        _check_positive("ElementwiseScaling", "delta", self.delta, zero_allowed=True)
+        allowed = "a value that is finite and not negative"
+        check_number("ElementwiseScaling: delta", self.delta, allowed, holds=lambda delta: 0 <= delta < float("inf"))
 
     @override
     def input_gradient(self, grad: Tensor, point: Point) -> Tensor:

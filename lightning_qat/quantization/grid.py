@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_qat.functional.rounding import round_binary_, round_ternary_, round_uniform_
+from lightning_qat.quantization._checks import check_number
 
 
 def _check_integer(where: str, value: int, largest: int) -> None:
@@ -198,8 +199,7 @@ class Ternary(Grid):
     threshold: float = 0.5
 
     def __post_init__(self) -> None:
-        if not 0 < self.threshold < 1:
-            raise ValueError(f"Ternary: threshold={self.threshold} is not allowed; choose one in (0, 1) such as 0.5")
+        check_number("Ternary: threshold", self.threshold, "a value in (0, 1) such as 0.5", holds=lambda t: 0 < t < 1)
 
     @property
     @override

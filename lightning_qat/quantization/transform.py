@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_qat.functional.hadamard import hadamard_rotate, random_signs
+from lightning_qat.quantization._checks import check_positive
 
 
 class Transform(ABC):
@@ -105,8 +106,7 @@ class Normalize(Transform):
     changes_weight: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.eps < float("inf"):
-            raise ValueError(f"Normalize: eps={self.eps} is not allowed; choose a positive value such as 1e-5")
+        check_positive("Normalize: eps", self.eps)
 
     @override
     def build(self, in_features: int) -> TransformModule:
