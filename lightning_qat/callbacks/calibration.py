@@ -1,46 +1,59 @@
 """Calibration: stored scales of inputs from data, at fit start."""
 
-import copy
 import itertools
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, Final, final
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from safetensors.torch import load_file, save_file
-from torch import Generator, nn
-from torchmetrics import Metric
+from torch import nn
 from typing_extensions import override
 
+from lightning_qat.callbacks.attachment import averaged_models
+from lightning_qat.callbacks.batches import check_loaders, describe_shares, flattened, in_turn, num_samples, reads_once
+from lightning_qat.callbacks.running import Forward, call_module, eager, find_forward
+from lightning_qat.callbacks.untouched import untouched_loaders, untouched_module, untouched_randomness
 from lightning_qat.conversion.calibrate import (
-    calibrate,
     calibration_state,
-    default_forward,
+    find_input_scales,
     load_calibration_state,
+    stored_inputs,
     uncalibrated,
 )
+
+_FORMAT: Final = "lightning_qat.calibration"
+_VERSION: Final = 1
+_ONLY_DOMAIN: Final = "data"
 
 
 @final
 class Calibration(pl.Callback):
-    """Sets the stored scales of inputs from training data at fit start; skipped where they are known, as on resume.
+    """Sets the stored scales of inputs from data at fit start; skipped where they are known, as on resume.
 
     The model runs in evaluation mode on batches that pass the module's own preprocessing. Afterwards random number
-    generators (those of loader and sampler included), BatchNorm statistics, metrics and the order of the data are as if
-    nothing had happened. All processes of a distributed run end with equal scales, found from the data of all.
+    generators (those of loader, sampler and data set included), BatchNorm statistics, metrics and the order of the
+    data are as if nothing had happened, and nothing was logged. All processes of a distributed run end with equal
+    scales, found from the data of all.
 
     Args:
-        num_batches: batches per process, positive.
-        dataloader: where they come from; by default the training data. One-shot iterables need one of their own.
-        forward: called with (module, batch) if neither ``predict_step`` nor calling the module with the batch's input
-            (first element of a tuple, a dict as keywords) is right.
+        num_batches: batches per process and domain, positive.
+        dataloader: where they come from, by default the training data; several domains as a dict of dataloaders by
+            name, read in turn. Training data that can be read only once needs a dataloader of its own here.
+        forward: called with (module, batch). By default ``predict_step`` if the module has one that takes training
+            batches, else the module itself: with the entries of a dict that its ``forward`` names, or with as many
+            elements of a tuple as it requires.
+
+    Attributes:
+        samples: how many samples each domain gave in the last calibration, over all processes.
 
     Raises:
-        ValueError: ``num_batches`` below 1; at fit start: a one-shot iterable, or layers that no data reached.
+        TypeError: dataloaders that cannot be iterated.
+        ValueError: ``num_batches`` below 1, no dataloader in a dict; at fit start: data that can be read only once, a
+            model that cannot be run on the batches, layers that no data reached.
     """
 
     calibrates: ClassVar[bool] = True
@@ -48,20 +61,23 @@ class Calibration(pl.Callback):
     def __init__(
         self,
         num_batches: int = 8,
-        dataloader: Iterable[Any] | None = None,
+        dataloader: Iterable[Any] | Mapping[str, Iterable[Any]] | None = None,
         *,
-        forward: Callable[["pl.LightningModule", Any], Any] | None = None,
+        forward: Forward | None = None,
     ) -> None:
         if not isinstance(num_batches, int) or num_batches < 1:
             raise ValueError(f"Calibration: num_batches={num_batches!r} is not allowed; choose a positive integer")
+        check_loaders(dataloader)
         self.num_batches = num_batches
         self.dataloader = dataloader
         self.forward = forward
+        self.samples: dict[str, int] = {}
 
     def __repr__(self) -> str:
-        """Return an expression that evaluates back where no loader is held."""
-        extra = "" if self.dataloader is None else f", dataloader={self.dataloader!r}"
-        return f"Calibration(num_batches={self.num_batches}{extra})"
+        """Return an expression that evaluates back where no dataloader or function is held."""
+        loader = "" if self.dataloader is None else f", dataloader={self.dataloader!r}"
+        forward = "" if self.forward is None else f", forward={self.forward!r}"
+        return f"Calibration(num_batches={self.num_batches}{loader}{forward})"
 
     @override
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -79,84 +95,86 @@ class Calibration(pl.Callback):
         if not missing:
             rank_zero_info("Calibration: nothing to calibrate, every scale is known or recomputed.")
             return
-        loader = self.dataloader if self.dataloader is not None else _training_data(trainer)
-        if iter(loader) is loader:
+        with untouched_randomness(), untouched_module(pl_module), eager(pl_module):
+            loaders = self._loaders(trainer)
+            with untouched_loaders(flattened(loaders.values())), trainer.precision_plugin.forward_context():
+                run, batches = self._runner(pl_module, self._batches(trainer, pl_module, loaders))
+                find_input_scales(pl_module, missing, batches, run)
+        self.samples = _summed(trainer, self.samples)
+        _tell_averages(trainer, pl_module)
+        rank_zero_info(f"Calibration: found {len(missing)} input scales from {describe_shares(self.samples)}.")
+
+    def _loaders(self, trainer: "pl.Trainer") -> dict[str, Any]:
+        if isinstance(self.dataloader, Mapping):
+            return {str(name): loader for name, loader in self.dataloader.items()}
+        if self.dataloader is not None:
+            return {_ONLY_DOMAIN: self.dataloader}
+        loader = trainer.fit_loop._data_source.dataloader()
+        if any(map(reads_once, flattened([loader]))):
             raise ValueError(
                 "Calibration: the training data can be read only once, so that calibration would use it up; pass "
                 "Calibration(dataloader=...)"
             )
-        with _untouched(pl_module, loader), trainer.precision_plugin.forward_context():
-            batches = (self._prepared(trainer, pl_module, batch) for batch in self._share(trainer, loader))
-            seen = calibrate(pl_module, batches, self.forward or _forward)
-        rank_zero_info(f"Calibration: found {len(seen)} input scales from {max(seen.values())} batches.")
+        return {_ONLY_DOMAIN: loader}
 
-    def _share(self, trainer: "pl.Trainer", loader: Iterable[Any]) -> Iterator[Any]:
-        """Yield this process's share: every world_size-th batch."""
-        return itertools.islice(
-            loader, trainer.global_rank, self.num_batches * trainer.world_size, max(1, trainer.world_size)
-        )
+    def _batches(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", loaders: dict[str, Any]
+    ) -> Iterator[Any]:
+        """Yield prepared batches of all domains in turn: every world_size-th of each, from this process's rank on."""
+        self.samples = dict.fromkeys(loaders, 0)
+        world = max(1, trainer.world_size)
+        for name, batch in in_turn(loaders, start=trainer.global_rank, stop=self.num_batches * world, step=world):
+            batch = trainer.precision_plugin.convert_input(batch)
+            batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
+            batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+            self.samples[name] += num_samples(batch)
+            yield batch
 
-    def _prepared(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any) -> Any:
-        batch = trainer.precision_plugin.convert_input(batch)
-        batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
-        return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+    def _runner(self, pl_module: "pl.LightningModule", batches: Iterator[Any]) -> tuple[Forward, Iterator[Any]]:
+        """Return what runs the model on a batch, found out on the first one, and all batches."""
+        if self.forward is not None:
+            return self.forward, batches
+        first = list(itertools.islice(batches, 1))
+        run = find_forward(pl_module, first[0]) if first else call_module
+        return run, itertools.chain(first, batches)
 
     def save(self, pl_module: nn.Module, path: str | Path) -> None:
-        """Write the scales of inputs to a safetensors file."""
-        save_file(calibration_state(pl_module), str(path), {"format": "lightning_qat.calibration", "version": "1"})
+        """Write the scales of inputs to a safetensors file, and beside it a JSON file that says what they are."""
+        path = Path(path)
+        total = max(1, sum(self.samples.values()))
+        description = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "inputs": {name: quantizer.spec.label for name, quantizer in stored_inputs(pl_module).items()},
+            "domains": {name: {"samples": n, "share": n / total} for name, n in self.samples.items()},
+        }
+        save_file(calibration_state(pl_module), str(path), {"format": _FORMAT, "version": str(_VERSION)})
+        path.with_suffix(".json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
     def load(self, pl_module: nn.Module, path: str | Path) -> None:
         """Set the scales of inputs from a file that :meth:`save` wrote, bit for bit; calibration is then skipped.
 
         Raises:
+            FileNotFoundError: no such file.
             ValueError: if the file is of another model.
         """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"Calibration.load: path={str(path)!r} is not a file; save() writes one")
         load_calibration_state(pl_module, load_file(str(path)))
 
 
-def _forward(pl_module: nn.Module, batch: Any) -> Any:
-    try:
-        if is_overridden("predict_step", pl_module):  # type: ignore[arg-type]
-            return pl_module.predict_step(batch, 0)  # type: ignore[operator]
-        return default_forward(pl_module, batch)
-    except TypeError as error:
-        raise TypeError(
-            f"Calibration: cannot tell how to run {type(pl_module).__name__} on a batch of type "
-            f"{type(batch).__name__} ({error}); pass Calibration(forward=lambda module, batch: module(...))"
-        ) from error
+def _summed(trainer: "pl.Trainer", samples: dict[str, int]) -> dict[str, int]:
+    if trainer.world_size < 2:
+        return samples
+    counts = torch.tensor(list(samples.values()), device=trainer.strategy.root_device)
+    summed = trainer.strategy.reduce(counts, reduce_op="sum")
+    return dict(zip(samples, map(int, summed), strict=True))
 
 
-def _training_data(trainer: "pl.Trainer") -> Iterable[Any]:
-    source = trainer.fit_loop._data_source
-    loader: Iterable[Any] = source.dataloader()
-    return loader
-
-
-@contextmanager
-def _untouched(pl_module: nn.Module, loader: Any) -> Iterator[None]:
-    """Restore metrics and the generators of loader, sampler and batch sampler afterwards."""
-    metrics = [module for module in pl_module.modules() if isinstance(module, Metric)]
-    states = [(metric, _metric_state(metric)) for metric in metrics]
-    generators = [(generator, generator.get_state()) for generator in _generators(loader)]
-    random_state = torch.get_rng_state()
-    try:
-        yield
-    finally:
-        for metric, state in states:
-            metric.__dict__.update(state)
-        for generator, saved in generators:
-            generator.set_state(saved)
-        torch.set_rng_state(random_state)
-
-
-def _metric_state(metric: Metric) -> dict[str, Any]:
-    names = (*metric._defaults, "_update_count", "_computed")
-    return {name: copy.deepcopy(getattr(metric, name)) for name in names}
-
-
-def _generators(loader: Any) -> list[Generator]:
-    holders = [loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)]
-    holders.append(getattr(holders[-1], "sampler", None))
-    found = [getattr(holder, "generator", None) for holder in holders]
-    unique = {id(generator): generator for generator in found if isinstance(generator, Generator)}
-    return list(unique.values())
+def _tell_averages(trainer: "pl.Trainer", pl_module: nn.Module) -> None:
+    """Give averaged models the scales that were found: they were copied before, and average what is equal."""
+    found = stored_inputs(pl_module)
+    for _, averaged in averaged_models(trainer):
+        for name, quantizer in stored_inputs(averaged).items():
+            if quantizer.needs_calibration and name in found:
+                quantizer.load_state_dict(found[name].state_dict())

@@ -1,8 +1,10 @@
 """Optimizer groups of learned scales: in the optimizer of their weight, without weight decay."""
 
+import itertools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, final
+from types import TracebackType
+from typing import Any, Final, final
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +13,10 @@ from torch.optim import LBFGS, Optimizer
 from lightning_qat.conversion.view import INPUT_QUANTIZER, QUANTIZER_SUFFIX, latent, view_names
 from lightning_qat.quantization.quantizer import FakeQuantizer
 
-_OWNERS = ("weight", "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+_Group = dict[str, Any]
+_METHOD: Final = "add_param_group"
+_SUFFIX: Final = "-scales"
+_SCHEDULERS: Final = "torch.optim.lr_scheduler"
 
 
 def quantizer_parameters(model: nn.Module) -> dict[int, str]:
@@ -25,7 +30,7 @@ def quantizer_parameters(model: nn.Module) -> dict[int, str]:
 
 
 def followers(model: nn.Module) -> dict[int, list[nn.Parameter]]:
-    """Return for each weight, by its id, the trainable parameters of the quantizers of its layer."""
+    """Return for each weight, by its id, the parameters of the quantizers of its layer."""
     found: dict[int, list[nn.Parameter]] = {}
     for module in model.modules():
         inputs = module._modules.get(INPUT_QUANTIZER)
@@ -50,7 +55,7 @@ def _stored_parameters(module: nn.Module, slot: str) -> list[nn.Parameter]:
 def _extend(found: dict[int, list[nn.Parameter]], owner: nn.Parameter, quantizer: nn.Module | None) -> None:
     present = found.setdefault(id(owner), [])
     for parameter in () if quantizer is None else quantizer.parameters():
-        if parameter.requires_grad and all(parameter is not p for p in present):
+        if all(parameter is not p for p in present):
             present.append(parameter)
 
 
@@ -67,44 +72,96 @@ class GroupSplitter:
         self.names = quantizer_parameters(model)
         self.followers = followers(model)
         self.lr_multiplier = lr_multiplier
-        self.group_counts: dict[str, int] = {}
+        self.built: list[Optimizer] = []
+        self.pairs: list[tuple[_Group, _Group]] = []
 
-    def split(self, groups: list[dict[str, Any]], defaults: dict[str, Any]) -> list[dict[str, Any]]:
-        """Return the groups, each followed by the group of its quantizers' parameters.
+    def split(
+        self, groups: list[_Group], defaults: dict[str, Any], present: Iterable[Tensor] = (), first: int = 1
+    ) -> tuple[list[_Group], list[_Group]]:
+        """Return the groups without parameters of quantizers, and groups of these, one for each that needs one.
 
-        A group that holds nothing but parameters of quantizers was made by the user and stays as it is.
+        A group that holds nothing but parameters of quantizers was made by the user: it stays as it is, except that
+        it does not decay unless it says so.
+
+        Args:
+            groups: of one optimizer.
+            defaults: what holds where a group says nothing.
+            present: parameters that the optimizer has already.
+            first: number of the first group, for the names of groups.
         """
-        own = {id(_tensor(p)) for group in groups if self._only_quantizers(group) for p in group["params"]}
-        result, placed = [], set(own)
-        for group in groups:
+        own = [group for group in groups if self._only_quantizers(group)]
+        placed = {id(p) for p in present} | {id(_tensor(p)) for group in own for p in group["params"]}
+        kept, scales = [], []
+        for index, group in enumerate(groups, start=first):
             if self._only_quantizers(group):
-                result.append(group)
+                kept.append({**self._without_decay(defaults), **group})
                 continue
             rest = [p for p in group["params"] if id(_tensor(p)) not in self.names]
-            wanted = [_tensor(p) for p in group["params"] if id(_tensor(p)) in self.names]
-            wanted += [f for p in rest for f in self.followers.get(id(_tensor(p)), ())]
-            scales = []
-            for parameter in wanted:
-                if id(parameter) not in placed:
-                    placed.add(id(parameter))
-                    scales.append(parameter)
-            result.append({**group, "params": rest})
-            if scales:
-                result.append(self._scale_group(group, scales, defaults))
-        return result
+            kept.append({**group, "params": rest})
+            followed = self._followed(group["params"], placed)
+            if followed:
+                scales.append(self._scale_group(group, f"pg{index}", followed, defaults))
+                self.pairs.append((kept[-1], scales[-1]))
+        return kept, scales
 
-    def _only_quantizers(self, group: dict[str, Any]) -> bool:
+    def _followed(self, parameters: list[Any], placed: set[int]) -> list[Tensor]:
+        """Return the quantizers' parameters that are in a group or belong to its weights, each once."""
+        tensors = [_tensor(p) for p in parameters]
+        wanted = [p for p in tensors if id(p) in self.names]
+        wanted += [f for p in tensors for f in self.followers.get(id(p), ()) if f.requires_grad]
+        found = []
+        for parameter in wanted:
+            if id(parameter) not in placed:
+                placed.add(id(parameter))
+                found.append(parameter)
+        return found
+
+    def _only_quantizers(self, group: _Group) -> bool:
         return bool(group["params"]) and all(id(_tensor(p)) in self.names for p in group["params"])
 
-    def _scale_group(self, group: dict[str, Any], scales: list[Tensor], defaults: dict[str, Any]) -> dict[str, Any]:
+    def _scale_group(self, group: _Group, name: str, scales: list[Tensor], defaults: dict[str, Any]) -> _Group:
         named = any(isinstance(p, tuple) for p in group["params"])
-        new = {**group, "params": [(self.names[id(p)], p) for p in scales] if named else scales}
-        if "weight_decay" in defaults or "weight_decay" in group:
+        params = [(self.names[id(p)], p) for p in scales] if named else scales
+        # LearningRateMonitor shows the name, and refuses to see one twice.
+        new = {
+            **group,
+            "params": params,
+            "name": f"{group.get('name', name)}{_SUFFIX}",
+            **self._without_decay(defaults),
+        }
+        if "weight_decay" in group:
             new["weight_decay"] = 0.0
         lr = group.get("lr", defaults.get("lr"))
         if lr is not None and self.lr_multiplier != 1.0:
             new["lr"] = lr * self.lr_multiplier
         return new
+
+    @staticmethod
+    def _without_decay(defaults: dict[str, Any]) -> dict[str, float]:
+        return {"weight_decay": 0.0} if "weight_decay" in defaults else {}
+
+    def watch(self, optimizer: Optimizer) -> None:
+        """Split groups that come later, too: ``BackboneFinetuning`` and the like add them while training."""
+        add = optimizer.add_param_group
+
+        def add_param_group(param_group: _Group) -> None:
+            groups = _as_groups([param_group])
+            if groups is None:
+                add(param_group)  # torch says what is wrong with it
+                return
+            present = [p for group in optimizer.param_groups for p in group["params"]]
+            kept, scales = self.split(groups, optimizer.defaults, present, first=len(optimizer.param_groups) + 2)
+            for group in (*scales, *kept):  # the last group is the user's: finetuning callbacks set its rate
+                add(group)
+
+        vars(optimizer)[_METHOD] = add_param_group
+        self.built.append(optimizer)
+
+
+def unwatch(optimizers: Iterable[Optimizer]) -> None:
+    """Give optimizers their own ``add_param_group`` back."""
+    for optimizer in optimizers:
+        vars(optimizer).pop(_METHOD, None)
 
 
 def _tensor(parameter: Any) -> Tensor:
@@ -112,95 +169,145 @@ def _tensor(parameter: Any) -> Tensor:
     return tensor
 
 
-def _as_groups(params: Any) -> list[dict[str, Any]]:
-    if isinstance(params, Tensor):  # an error of the user that torch explains
-        return params  # type: ignore[return-value]
-    listed = list(params)
-    if listed and isinstance(listed[0], dict):
-        return [{**group, "params": _as_list(group["params"])} for group in listed]
-    return [{"params": listed}]
+def _is_ordered(params: Any) -> bool:
+    return isinstance(params, Iterable) and not isinstance(params, set | Tensor)
 
 
-def _as_list(params: Any) -> list[Any]:
-    return [params] if isinstance(params, Tensor) else list(params)
+def _as_groups(params: list[Any]) -> list[_Group] | None:
+    """Return what an optimizer is built with as groups that hold lists, or None where torch will refuse it."""
+    if not params:
+        return None
+    if not isinstance(params[0], dict):
+        return [{"params": params}]
+    groups = []
+    for group in params:
+        own: Any = group.get("params") if isinstance(group, dict) else None
+        own = [own] if isinstance(own, Tensor) else own
+        if not _is_ordered(own):
+            return None
+        groups.append({**group, "params": list(own)})
+    return groups
 
 
 @contextmanager
 def separate_scales(model: nn.Module, lr_multiplier: float = 1.0) -> Iterator[GroupSplitter]:
     """Give learned scales groups of their own in every optimizer that is built inside the context.
 
-    Adding the groups afterwards would break most schedulers, which remember one value per group.
+    They follow the groups of the user, so that the indices of those stay. Adding them afterwards would break most
+    schedulers, which remember one value per group.
 
     Args:
         model: the prepared model.
         lr_multiplier: learning rate of scales relative to that of their weights, positive.
 
     Raises:
-        ValueError: from the user's scheduler, with the number of groups that it needs to know.
+        ValueError: from the user's scheduler, with the number of groups that it needs to know; or a scheduler under
+            which ``lr_multiplier`` has no effect.
     """
     splitter = GroupSplitter(model, lr_multiplier)
     original = Optimizer.__init__
 
-    def build(self: Optimizer, params: Iterable[Any], defaults: dict[str, Any]) -> None:
-        if splitter.names and not isinstance(self, LBFGS) and not isinstance(params, Tensor):
+    def build(self: Optimizer, params: Any, defaults: dict[str, Any]) -> None:
+        if splitter.names and _is_ordered(params) and not isinstance(self, LBFGS):  # LBFGS takes one group only
+            params = list(params)
             groups = _as_groups(params)
-            params = splitter.split(groups, defaults)
-            splitter.group_counts[type(self).__name__] = len(params)
+            if groups is not None:
+                kept, scales = splitter.split(groups, defaults)
+                params = [*kept, *scales]
         original(self, params, defaults)
+        if not isinstance(self, LBFGS):
+            splitter.watch(self)
 
     Optimizer.__init__ = build  # type: ignore[method-assign]
     try:
         yield splitter
-    except (ValueError, IndexError) as error:
-        if not splitter.group_counts:
+        _check_multiplier(splitter)
+    except (ValueError, IndexError, TypeError) as error:
+        if not splitter.pairs or not _raised_by_scheduler(error.__traceback__):
             raise
-        counts = ", ".join(f"{name}: {count}" for name, count in splitter.group_counts.items())
-        raise type(error)(
-            f"{error} -- QATCallback keeps learned scales in parameter groups of their own, each right after the group of "
-            f"its weights. Number of groups ({counts}); a list with one value per group needs that length."
-        ) from error
+        raise type(error)(f"{error}. {_explanation(splitter)}") from error
     finally:
         Optimizer.__init__ = original  # type: ignore[method-assign]
 
 
+def _raised_by_scheduler(traceback: TracebackType | None) -> bool:
+    last = None
+    while traceback is not None:
+        last, traceback = traceback.tb_frame, traceback.tb_next
+    return last is not None and last.f_globals.get("__name__") == _SCHEDULERS
+
+
+def _explanation(splitter: GroupSplitter) -> str:
+    counts = []
+    for optimizer in splitter.built:
+        total = len(optimizer.param_groups)
+        scales = sum(any(scales is group for group in optimizer.param_groups) for _, scales in splitter.pairs)
+        counts.append(f"{total} for {type(optimizer).__name__}, the last {scales} of them for scales")
+    return (
+        "QATCallback trains learned scales in parameter groups of their own, which come after yours; a list with one "
+        f"value per group needs {'; '.join(counts)}"
+    )
+
+
+def _check_multiplier(splitter: GroupSplitter) -> None:
+    for weights, scales in splitter.pairs if splitter.lr_multiplier != 1.0 else ():
+        rates = [float(group.get("initial_lr") or group.get("lr") or 0.0) for group in (weights, scales)]
+        if rates[0] == rates[1] and rates[0] != 0:
+            raise ValueError(
+                f"QATCallback: scale_lr_multiplier={splitter.lr_multiplier} has no effect, because the scheduler sets "
+                f"one rate, {rates[0]:g}, for all groups; give it one rate per group. {_explanation(splitter)}"
+            )
+
+
 def check_groups(model: nn.Module, optimizers: list[Optimizer]) -> None:
-    """Check that every quantizer trains with its weight.
+    """Check that every quantizer trains with its weight, and does not decay with it.
 
     Raises:
-        ValueError: naming parameters whose weight is in an optimizer while they are in none.
+        ValueError: naming the parameters of quantizers for which that does not hold, the reason and the remedy.
     """
-    present = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     names = quantizer_parameters(model)
-    lost = [
-        names[id(parameter)]
-        for owner, parameters in followers(model).items()
-        if owner in present
-        for parameter in parameters
-        if id(parameter) not in present
-    ]
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    present = {id(p) for group in groups for p in group["params"]}
+    owned = [f for owner, found in followers(model).items() if owner in present for f in found]
+    lost = {names[id(f)]: None for f in owned if f.requires_grad and id(f) not in present}
     if lost:
         raise ValueError(
-            f"QATCallback: {', '.join(lost[:5])} would not be trained, though the weight is: the optimizer was built "
-            "outside configure_optimizers(). Build it inside, or call prepare(model, recipe) before you build it."
+            f"QATCallback: {_some(lost)} would not be trained, though the weight is: {_reason(optimizers)}"
+        )
+    mixed = [g for g in groups if g.get("weight_decay") and any(id(p) not in names for p in g["params"])]
+    decayed = {names[id(p)]: None for group in mixed for p in group["params"] if id(p) in names and p.requires_grad}
+    if decayed:
+        raise ValueError(
+            f"QATCallback: {_some(decayed)} would decay with the weights: {_reason(optimizers)}, or give scales a "
+            "group of their own with weight_decay=0"
         )
 
 
-def stop_decay(model: nn.Module, optimizers: list[Optimizer]) -> list[str]:
-    """Move parameters of quantizers out of groups with weight decay that came later; return their names.
+def _reason(optimizers: list[Optimizer]) -> str:
+    if any(isinstance(optimizer, LBFGS) for optimizer in optimizers):
+        return "LBFGS has one group for all; build it with all parameters of the module, self.parameters()"
+    return (
+        "the optimizer was built outside configure_optimizers(); build it inside, or call prepare(model, recipe) "
+        "before you build it"
+    )
 
-    ``BackboneFinetuning`` and the like add groups while training, outside ``configure_optimizers``.
-    """
-    names, moved = quantizer_parameters(model), []
+
+def _some(names: Iterable[str], limit: int = 5) -> str:
+    listed = list(names)
+    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
+    return ", ".join(listed[:limit]) + more
+
+
+def align_rates(model: nn.Module, optimizers: list[Optimizer], lr_multiplier: float) -> None:
+    """Let scales that came while training follow the rate of their weights, which the callback that added them sets."""
+    owned = followers(model)
     for optimizer in optimizers:
-        for group in list(optimizer.param_groups):
-            scales = [p for p in group["params"] if id(p) in names]
-            if not scales or not group.get("weight_decay") or len(scales) == len(group["params"]):
-                continue
-            group["params"] = [p for p in group["params"] if id(p) not in names]
-            settings = {key: value for key, value in group.items() if key not in ("params", "param_names")}
-            optimizer.add_param_group({**settings, "params": scales, "weight_decay": 0.0})
-            moved += [names[id(p)] for p in scales]
-    return moved
+        groups = optimizer.param_groups
+        for scales, weights in itertools.pairwise(groups):
+            followed = {id(f) for p in weights["params"] for f in owned.get(id(p), ())}
+            ours = str(scales.get("name", "")).endswith(_SUFFIX)
+            if ours and all(id(p) in followed for p in scales["params"]):
+                scales["lr"] = weights["lr"] * lr_multiplier
 
 
 def reset_state(optimizers: list[Optimizer], parameters: Iterable[Tensor]) -> None:

@@ -1,14 +1,16 @@
 """QATCallback: one line that makes a LightningModule train quantized."""
 
 from contextlib import AbstractContextManager
-from typing import Any, final
+from typing import Any, Final, final
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
 from typing_extensions import override
 
-from lightning_qat.callbacks.attachment import ModuleHooks, attach, detach
-from lightning_qat.callbacks.optimizers import check_groups, separate_scales, stop_decay
+from lightning_qat.callbacks.attachment import ModuleHooks, attach, averaged_models, callbacks_of, detach
+from lightning_qat.callbacks.differences import differences
+from lightning_qat.callbacks.optimizers import align_rates, check_groups, followers, separate_scales, unwatch
 from lightning_qat.conversion.calibrate import uncalibrated
 from lightning_qat.conversion.checkpoint import CHECKPOINT_KEY
 from lightning_qat.conversion.prepare import convert, prepared_state, quantizers, refresh_scales, report_of
@@ -16,7 +18,7 @@ from lightning_qat.conversion.report import ConversionReport
 from lightning_qat.quantization import recipes
 from lightning_qat.quantization.recipe import Recipe
 
-_AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
+_AVERAGING: Final = ("WeightAveraging", "StochasticWeightAveraging")
 
 
 @final
@@ -24,8 +26,8 @@ class QATCallback(pl.Callback, ModuleHooks):
     """Converts the LightningModule for every stage, and trains learned scales in optimizer groups of their own.
 
     Layers may be created in ``__init__``, ``setup`` or ``configure_model``. The model stays prepared afterwards; a
-    model that was prepared before is left alone. Scales follow their weight into its optimizer, without weight decay.
-    The recipe is stored in checkpoints.
+    model that was prepared before is left alone. Scales follow their weight into its optimizer, without weight decay;
+    those of layers that are frozen when they are converted are frozen with them. The recipe is stored in checkpoints.
 
     Args:
         recipe: which layers get which quantizers; ``recipes.int4()`` if the model is not prepared already.
@@ -35,7 +37,8 @@ class QATCallback(pl.Callback, ModuleHooks):
     Raises:
         TypeError: a recipe of the wrong kind.
         ValueError: a multiplier that is not positive. At the start of a stage: rules without effect, input scales that
-            nothing calibrates, callbacks in the wrong order, a checkpoint made by another recipe.
+            nothing calibrates, callbacks in the wrong order, a checkpoint or model of another recipe, an optimizer or
+            scheduler that cannot train scales, a strategy that would lose them.
 
     Example::
 
@@ -47,7 +50,7 @@ class QATCallback(pl.Callback, ModuleHooks):
     ) -> None:
         if recipe is not None and not isinstance(recipe, Recipe):
             raise TypeError(f"QATCallback: recipe={recipe!r} is not a Recipe; try recipes.int4()")
-        if not scale_lr_multiplier > 0:
+        if not 0 < scale_lr_multiplier < float("inf"):
             raise ValueError(f"QATCallback: scale_lr_multiplier={scale_lr_multiplier} must be positive; default 1.0")
         self.recipe = recipe
         self.arithmetic = arithmetic
@@ -63,17 +66,29 @@ class QATCallback(pl.Callback, ModuleHooks):
 
     @override
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
-        self._check_order(trainer, pl_module, stage)
+        if stage == "fit":
+            self._check_order(trainer, pl_module)
+            _check_launcher(trainer, pl_module)
         attach(pl_module)
         self.layers_created(pl_module)
 
     @override
     def layers_created(self, pl_module: "pl.LightningModule") -> None:
-        state = prepared_state(pl_module)
-        if state is None and self.recipe is None and quantizers(pl_module):
+        state, present = prepared_state(pl_module), quantizers(pl_module)
+        if state is None and self.recipe is None and present:
             return  # parts were prepared by the user
         recipe = self.recipe or (state.recipe if state else recipes.int4())
-        convert(pl_module, recipe, arithmetic=self.arithmetic)
+        lines = differences(state.recipe, recipe, ("model", "callback")) if state else ()
+        if lines:
+            raise ValueError(
+                _listed("QATCallback: the model is prepared by another recipe.", lines)
+                + "\nLeave the recipe out, QATCallback(), or call unprepare(model) before."
+            )
+        if state is None:
+            convert(pl_module, recipe, arithmetic=self.arithmetic)
+        else:
+            convert(pl_module, state.recipe, arithmetic=state.arithmetic)
+        _freeze_with_weights(pl_module, known=list(present.values()))
 
     @override
     def building_optimizers(self, pl_module: "pl.LightningModule") -> AbstractContextManager[Any]:
@@ -84,32 +99,38 @@ class QATCallback(pl.Callback, ModuleHooks):
         stored, state = checkpoint.get(CHECKPOINT_KEY), prepared_state(pl_module)
         if stored is None or state is None:
             return
-        saved = Recipe.from_dict(stored["recipe"])
-        if saved != state.recipe:
+        lines = differences(Recipe.from_dict(stored["recipe"]), state.recipe, ("checkpoint", "callback"))
+        if lines:
             raise ValueError(
-                "QATCallback: the checkpoint was made with another recipe.\n"
-                f"  checkpoint: {saved!r}\n  callback:   {state.recipe!r}\n"
-                "Use the recipe of the checkpoint, or load its weights with load_checkpoint() and start anew."
+                _listed("QATCallback: the checkpoint was made with another recipe.", lines)
+                + "\nUse the recipe of the checkpoint, or load its weights with load_checkpoint() and train anew."
             )
 
     @override
-    def on_save_checkpoint(
-        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", checkpoint: dict[str, Any]
-    ) -> None:
+    def saving_checkpoint(self, pl_module: "pl.LightningModule", checkpoint: dict[str, Any]) -> None:
         state = prepared_state(pl_module)
         if state is not None:
             checkpoint[CHECKPOINT_KEY] = {"version": 1, "recipe": state.recipe.to_dict()}
 
     @override
-    def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        self._check_prepared(trainer, pl_module)
-        self._check_average(trainer, pl_module)
-        check_groups(pl_module, trainer.optimizers)
-        self._check_learning_rates(trainer, pl_module)
+    def on_save_checkpoint(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", checkpoint: dict[str, Any]
+    ) -> None:
+        self.saving_checkpoint(pl_module, checkpoint)  # also after training, when the module is detached
 
     @override
-    def on_train_epoch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        stop_decay(pl_module, trainer.optimizers)
+    def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        self._check_prepared(trainer, pl_module)
+        _check_averages(trainer, pl_module)
+        check_groups(pl_module, trainer.optimizers)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx == 0:  # after on_train_epoch_start, where finetuning callbacks add groups
+            check_groups(pl_module, trainer.optimizers)
+            align_rates(pl_module, trainer.optimizers, self.scale_lr_multiplier)
 
     @override
     def on_validation_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -126,6 +147,7 @@ class QATCallback(pl.Callback, ModuleHooks):
 
     @override
     def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
+        unwatch(trainer.optimizers)
         detach(pl_module)
 
     def _check_prepared(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -136,21 +158,13 @@ class QATCallback(pl.Callback, ModuleHooks):
             if report != self._reported:
                 rank_zero_info(f"QATCallback:\n{report}")
                 self._reported = report
-        missing = uncalibrated(pl_module)
-        coming = any(getattr(callback, "calibrates", False) for callback in trainer.callbacks)
-        fitting = trainer.state.fn == "fit"
-        if missing and not (fitting and coming):
-            raise ValueError(
-                f"QATCallback: {next(iter(missing))}: the stored scale of this input was never found (and of "
-                f"{len(missing) - 1} more). Add Calibration() to the callbacks, or call calibrate(model, batches) before."
-            )
+        _check_calibrated(trainer, pl_module)
 
-    def _check_order(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
-        if stage != "fit" or quantizers(pl_module):
+    def _check_order(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        if quantizers(pl_module):
             return
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if callback is self:
-                return
+        callbacks = callbacks_of(trainer)
+        for callback in callbacks[: callbacks.index(self)]:
             name = type(callback).__name__
             if any(kind.__name__ in _AVERAGING for kind in type(callback).__mro__):
                 raise ValueError(
@@ -158,27 +172,52 @@ class QATCallback(pl.Callback, ModuleHooks):
                     f"list QATCallback before {name}"
                 )
 
-    def _check_average(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            averaged = getattr(callback, "_average_model", None)
-            if averaged is None:
-                continue
-            plain = getattr(averaged, "module", averaged)
-            if [name for name, _ in plain.named_parameters()] != [name for name, _ in pl_module.named_parameters()]:
-                name = type(callback).__name__
-                raise ValueError(
-                    f"{name} averages only a part of the model: layers were created in LightningModule.setup(), after "
-                    f"{name} had copied it; create them in __init__ or configure_model()"
-                )
 
-    def _check_learning_rates(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        if self.scale_lr_multiplier == 1.0:
-            return
-        for optimizer in trainer.optimizers:
-            rates = [group["lr"] for group in optimizer.param_groups]
-            if len(rates) > 1 and len(set(map(float, rates))) == 1:
-                raise ValueError(
-                    f"QATCallback: scale_lr_multiplier={self.scale_lr_multiplier} has no effect, because the scheduler of "
-                    f"{type(optimizer).__name__} sets one rate for all groups; give it one value per group "
-                    f"({len(rates)} groups: scales come right after their weights)"
-                )
+def _listed(head: str, lines: tuple[str, ...]) -> str:
+    return "\n".join([head, *(f"  {line}" for line in lines)])
+
+
+def _freeze_with_weights(model: nn.Module, known: list[nn.Module]) -> None:
+    """Freeze the new quantizers of layers whose weights are frozen."""
+    old = {id(parameter) for quantizer in known for parameter in quantizer.parameters()}
+    trainable = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    owned = followers(model)
+    alive = {id(follower) for owner, found in owned.items() if owner in trainable for follower in found}
+    for found in owned.values():
+        for follower in found:
+            if id(follower) not in old and id(follower) not in alive:
+                follower.requires_grad_(False)
+
+
+def _check_launcher(trainer: "pl.Trainer", pl_module: nn.Module) -> None:
+    launcher = getattr(trainer.strategy, "launcher", None)
+    if quantizers(pl_module) or not any(kind.__name__ == "_MultiProcessingLauncher" for kind in type(launcher).__mro__):
+        return
+    raise ValueError(
+        f"QATCallback: {type(trainer.strategy).__name__} trains in new processes and hands the weights back to a "
+        "model that is not prepared, which would lose all scales. Call prepare(model, recipe) before "
+        'trainer.fit(model), or choose strategy="ddp"'
+    )
+
+
+def _check_calibrated(trainer: "pl.Trainer", pl_module: nn.Module) -> None:
+    missing = list(uncalibrated(pl_module))
+    coming = trainer.state.fn == "fit" and any(getattr(each, "calibrates", False) for each in callbacks_of(trainer))
+    if not missing or coming:
+        return
+    more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+    raise ValueError(
+        f"QATCallback: the stored scale of {', '.join(missing[:3])}{more} was never found. Train with Calibration() "
+        "among the callbacks, load a checkpoint of such a run, or call calibrate(model, batches)"
+    )
+
+
+def _check_averages(trainer: "pl.Trainer", pl_module: nn.Module) -> None:
+    present = [name for name, _ in pl_module.named_parameters()]
+    for callback, averaged in averaged_models(trainer):
+        if [name for name, _ in averaged.named_parameters()] != present:
+            late = "__init__" if callback == "StochasticWeightAveraging" else "__init__ or configure_model()"
+            raise ValueError(
+                f"{callback} copied the model before all its layers were there and would average a part of it; list "
+                f"QATCallback before {callback}, and create layers in {late}"
+            )

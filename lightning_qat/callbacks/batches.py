@@ -1,0 +1,102 @@
+"""Batches for calibration: from one dataloader or from several, and how many samples they hold."""
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Final
+
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+_MISSING: Final = object()
+
+
+def check_loaders(dataloader: Any) -> None:
+    """Check what ``Calibration(dataloader=...)`` was given.
+
+    Raises:
+        TypeError: a dataloader that cannot be iterated.
+        ValueError: an empty dict.
+    """
+    if dataloader is None:
+        return
+    loaders = dataloader if isinstance(dataloader, Mapping) else {"": dataloader}
+    if not loaders:
+        raise ValueError("Calibration: dataloader={} is empty; give one dataloader per domain, or leave it out")
+    for name, loader in loaders.items():
+        if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
+            key = f"dataloader[{name!r}]" if name else "dataloader"
+            raise TypeError(f"Calibration: {key}={loader!r} cannot be iterated; give a DataLoader or a list of batches")
+
+
+def flattened(loaders: Iterable[Any]) -> list[Any]:
+    """Return the single loaders in collections of them."""
+    found = []
+    for loader in loaders:
+        inner = getattr(loader, "flattened", None)  # CombinedLoader of either Lightning package
+        if inner is None and isinstance(loader, Mapping | list | tuple):
+            inner = flattened(loader.values() if isinstance(loader, Mapping) else loader)
+        found += [loader] if inner is None else list(inner)
+    return found
+
+
+def reads_once(loader: Any) -> bool:
+    """Whether iterating over a loader uses its data up, as far as can be seen from outside."""
+    dataset = getattr(loader, "dataset", None)
+    held = vars(dataset).values() if isinstance(dataset, IterableDataset) else ()
+    return any(isinstance(each, Iterator) for each in (loader, dataset, *held))
+
+
+def iterate(loader: Any) -> Iterator[Any]:
+    """Yield batches; of a collection of loaders as the trainer combines them."""
+    if hasattr(loader, "flattened"):
+        combined = CombinedLoader(loader.iterables, loader._mode)
+    elif isinstance(loader, Mapping) or (isinstance(loader, list | tuple) and any(map(_is_loader, loader))):
+        combined = CombinedLoader(loader, "max_size_cycle")
+    else:
+        yield from loader
+        return
+    yield from (batch for batch, _, _ in combined)
+
+
+def _is_loader(value: Any) -> bool:
+    return isinstance(value, DataLoader)
+
+
+def in_turn(loaders: Mapping[str, Any], *, start: int, stop: int, step: int) -> Iterator[tuple[str, Any]]:
+    """Yield (name, batch) of several loaders in turn, of each the batches ``start:stop:step``.
+
+    >>> list(in_turn({"a": [1, 2, 3], "b": [4]}, start=0, stop=2, step=1))
+    [('a', 1), ('b', 4), ('a', 2)]
+    """
+    parts = [itertools.islice(iterate(loader), start, stop, step) for loader in loaders.values()]
+    for turn in itertools.zip_longest(*parts, fillvalue=_MISSING):
+        yield from ((name, batch) for name, batch in zip(loaders, turn, strict=True) if batch is not _MISSING)
+
+
+def num_samples(batch: Any) -> int:
+    """Return the length of the first tensor in a batch; 1 for batches without one.
+
+    >>> import torch
+    >>> num_samples({"x": torch.zeros(3, 2), "y": torch.zeros(3)})
+    3
+    """
+    if isinstance(batch, Tensor):
+        return len(batch) if batch.dim() else 1
+    inner = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else ()
+    return next((num_samples(each) for each in inner if isinstance(each, Tensor | Mapping | tuple | list)), 1)
+
+
+def describe_shares(samples: Mapping[str, int]) -> str:
+    """Return how many samples came from which domain, in words.
+
+    >>> describe_shares({"chat": 24, "code": 8})
+    '32 samples: chat 24 (75 %), code 8 (25 %)'
+    >>> describe_shares({"data": 16})
+    '16 samples'
+    """
+    total = sum(samples.values())
+    if len(samples) < 2:
+        return f"{total} samples"
+    parts = [f"{name} {count} ({100 * count / max(1, total):.0f} %)" for name, count in samples.items()]
+    return f"{total} samples: {', '.join(parts)}"
