@@ -221,3 +221,13 @@ def parse_answer(text: str) -> int | None:
     _, mark, tail = text.partition("#")
     answer, end, _ = tail.partition("\n")
     return int(answer) if mark and end and answer.isdigit() else None
+
+
+def is_right(problem: Problem, text: str) -> bool:
+    r"""Return whether a text, such as a model wrote, gives the answer of a problem, whatever its steps.
+
+    Example:
+        >>> is_right(Problem(1, (("+", 2),)), "1+2=3;#3\n"), is_right(Problem(1, (("+", 2),)), "#4\n")
+        (True, False)
+    """
+    return parse_answer(text) == problem.answer

@@ -142,13 +142,13 @@ class LanguageModel(AbstractLanguageModel):
         self,
         vocab_size: int = 256,
         *,
-        hidden_size: int = 128,
+        hidden_size: int = 96,
         num_heads: int = 4,
-        num_layers: int = 4,
+        num_layers: int = 2,
         dropout: float = 0.0,
         window_size: int = 128,
         tie_embeddings: bool = False,
-        learning_rate: float = 2e-3,
+        learning_rate: float = 4e-3,
         weight_decay: float = 0.1,
         warmup_fraction: float = 0.1,
     ) -> None:
@@ -219,7 +219,8 @@ class ArithmeticModel(AbstractLanguageModel):
 
     A batch is a dictionary as of `lightning_qat.data.ArithmeticData`. Logged: ``train_loss`` (per step), ``val_loss``
     (nats per character of the solutions) and ``val_exact_match`` (share of problems whose answer, generated greedily
-    after the problem, is right); the same with ``test_``.
+    after the problem, is right); the same with ``test_``. Generation runs within the evaluation steps, so Lightning's
+    progress bar shows it.
 
     Args:
         vocab_size: number of tokens.
@@ -246,7 +247,7 @@ class ArithmeticModel(AbstractLanguageModel):
         window_size: int = 64,
         answer_token: int = 16,
         end_token: int = 0,
-        learning_rate: float = 2e-3,
+        learning_rate: float = 3e-3,
         weight_decay: float = 0.1,
         warmup_fraction: float = 0.1,
     ) -> None:

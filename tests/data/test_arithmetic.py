@@ -19,6 +19,7 @@ from lightning_qat.data.arithmetic_problems import (
     encode,
     generate_problem,
     generate_problems,
+    is_right,
     parse_answer,
     split_of,
 )
@@ -73,6 +74,8 @@ def test_a_difficulty_out_of_range_raises() -> None:
 
 def test_answers_parse_back() -> None:
     assert all(parse_answer(problem.solution) == problem.answer for problem in SAMPLE)
+    assert all(is_right(problem, problem.prompt + problem.solution) for problem in SAMPLE)
+    assert not any(is_right(problem, problem.solution.replace("#", "#1")) for problem in SAMPLE)
     assert parse_answer("1+2=3;3") is None
     assert parse_answer("#12") is None
     assert parse_answer("#1-2\n") is None
