@@ -8,6 +8,9 @@ format ``safetensors`` into ``{name: QuantizedTensor or Tensor}``; ``load(path, 
 from lightning_qat.export.api import export
 from lightning_qat.export.backend import Backend, Run, formats, register
 from lightning_qat.export.errors import DamagedFileError, RefusedError, VerificationError
+from lightning_qat.export.gguf import Gguf
+from lightning_qat.export.onnx import Onnx
+from lightning_qat.export.pt2 import Pt2
 from lightning_qat.export.report import ExportReport
 from lightning_qat.export.safetensors import Safetensors, load
 from lightning_qat.export.source import Source, read_source
@@ -16,6 +19,9 @@ __all__ = [
     "Backend",
     "DamagedFileError",
     "ExportReport",
+    "Gguf",
+    "Onnx",
+    "Pt2",
     "RefusedError",
     "Run",
     "Safetensors",

@@ -8,10 +8,11 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from lightning_qat.conversion.bake import BAKED_INPUT, bake, codes
+from lightning_qat.conversion.bake import bake, codes
+from lightning_qat.conversion.baked_input import BAKED_INPUT
 from lightning_qat.conversion.calibrate import default_forward
 from lightning_qat.conversion.prepare import prepared_state
-from lightning_qat.conversion.restore import InputDescription, describe_inputs, restore_baked, strip_baked
+from lightning_qat.conversion.restore import InputDescription, describe_inputs, strip_baked
 from lightning_qat.export.errors import RefusedError
 from lightning_qat.quantization.recipe import to_plain
 from lightning_qat.quantization.tensor import QuantizedTensor
@@ -50,11 +51,14 @@ class Source:
         floats = sum(tensor.nbytes for tensor in self.floats.values())
         return floats + sum(w.codes.numel() * w.dtype.itemsize for w in self.weights.values())
 
-    def with_weights(self, weights: Mapping[str, QuantizedTensor]) -> nn.Module:
-        """Return a runnable model with other weights: those that were read back from a file."""
-        plain = blank(self.model)
-        restore_baked(plain, weights, self.inputs, self.floats, self.aliases)
-        return plain
+    def with_values(self, state: Mapping[str, Tensor]) -> nn.Module:
+        """Return a runnable copy of the model with the tensors of a file in the place of its weights and floats."""
+        model = blank(self.model, strip=False)
+        tensors = dict(state) | {name: state[first] for name, first in self.aliases.items()}
+        result = model.load_state_dict(tensors, strict=False)
+        missing = [name for name in result.missing_keys if BAKED_INPUT not in name.split(".")]
+        assert not missing, missing  # noqa: S101 - a back end reads all that it wrote
+        return model.eval()
 
 
 def read_source(model: nn.Module, batches: Iterable[Any] | None = None, forward: Forward | None = None) -> Source:
@@ -103,16 +107,19 @@ def _other_tensors(
     return floats, aliases
 
 
-def blank(baked: nn.Module) -> nn.Module:
-    """Return a plain float copy of a baked model without its values, as if it were freshly built."""
-    plain = strip_baked(copy.deepcopy(baked))
+def blank(baked: nn.Module, *, strip: bool = True) -> nn.Module:
+    """Return a copy of a baked model without its values, as if it were freshly built.
+
+    What is not in the ``state_dict`` stays: it comes from the constructor.
+
+    Args:
+        baked: the model.
+        strip: also take away what bake() put around it: codes and quantized inputs.
+    """
+    copied = copy.deepcopy(baked)
+    plain = strip_baked(copied) if strip else copied
     with torch.no_grad():
-        for tensor in (*plain.parameters(), *plain.buffers()):
-            if tensor.is_floating_point():
+        for name, tensor in plain.state_dict().items():
+            if isinstance(tensor, Tensor) and tensor.is_floating_point() and BAKED_INPUT not in name.split("."):
                 tensor.fill_(float("nan"))
-    # buffers outside the state_dict are not in a file: they come from the constructor
-    kept = dict(baked.named_buffers())
-    for name, buffer in plain.named_buffers():
-        if name not in plain.state_dict():
-            buffer.copy_(kept[name])
     return plain

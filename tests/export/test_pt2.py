@@ -1,0 +1,81 @@
+"""The format pt2: codes in a traced graph that runs without the model's code."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lightning_qat as qat
+from lightning_qat.export import VerificationError, export
+from tests.export.models import MLP, MODELS, prepared, vectors
+
+
+@pytest.mark.parametrize("kind", ["mlp", "convolution"])
+@pytest.mark.parametrize("recipe", ["int4", "w8a8", "bitnet1"])
+def test_value(kind: str, recipe: str, tmp_path: Path) -> None:
+    build, batches = MODELS[kind]
+    model = prepared(build, recipe)
+    report = export(model, tmp_path / "model.pt2", format="pt2", batches=batches())
+    assert report.exact
+    program = torch.export.load(report.path)
+    state = program.state_dict
+    for name, tensor in qat.codes(model).items():
+        assert state[f"{name}_codes"].dtype == torch.int8
+        assert torch.equal(state[f"{name}_codes"], tensor.codes)
+        assert name not in state
+    (x,) = batches(1)
+    small = x[:2]  # another batch size than the one it was traced with
+    assert torch.equal(program.module()(small), model.eval()(small))
+
+
+def test_attention_is_close(tmp_path: Path) -> None:
+    """Eager evaluation takes a fused kernel that a traced graph cannot hold."""
+    build, batches = MODELS["attention"]
+    report = export(prepared(build, "int4"), tmp_path / "model.pt2", format="pt2", batches=batches())
+    assert report.sqnr is not None
+    assert report.sqnr > 100
+    assert report.agreement == 1
+
+
+def test_other_forwards(tmp_path: Path) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 4)
+
+        def forward(self, x: Tensor, *, shift: Tensor) -> dict[str, Tensor]:
+            return {"logits": self.fc(x) + shift}
+
+    batches = [{"x": torch.randn(5, 8), "shift": torch.randn(5, 4)} for _ in range(2)]
+    model = prepared(Two, "int4")
+    assert export(model, tmp_path / "a.pt2", format="pt2", batches=batches).exact
+    pairs = [(batch["x"], batch["shift"]) for batch in batches]
+    report = export(
+        model, tmp_path / "b.pt2", format="pt2", batches=pairs, forward=lambda m, b: m(b[0], shift=b[1])["logits"]
+    )
+    assert report.exact
+    with pytest.raises(ValueError, match="forward= does not call the model"):
+        export(model, tmp_path / "c.pt2", format="pt2", batches=pairs, forward=lambda m, b: m.model.fc(b[0]))
+
+
+def test_runs_without_our_code(tmp_path: Path) -> None:
+    path = export(prepared(MLP, "w4a8"), tmp_path / "model.pt2", format="pt2", batches=vectors()).path
+    code = (
+        "import sys, torch; m = torch.export.load(sys.argv[1]).module(); print(tuple(m(torch.randn(3, 32)).shape)); "
+        "assert 'lightning_qat' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
+    assert done.stdout.strip() == "(3, 6)", done.stderr
+
+
+def test_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = prepared(MLP, "int4")
+    with pytest.raises(ValueError, match=r"needs a real input; give batches=\[one or more\]"):
+        export(model, tmp_path / "model.pt2", format="pt2")
+    monkeypatch.setattr("lightning_qat.export.report.Comparison.sqnr", 10.0)
+    with pytest.raises(VerificationError, match=r"10.0 dB from the trained model's .* at least 35 dB"):
+        export(model, tmp_path / "model.pt2", format="pt2", batches=vectors())
+    assert list(tmp_path.iterdir()) == []
