@@ -9,6 +9,7 @@ from torch.nn.utils import parametrize
 
 from lightning_qat.conversion.baked_input import BAKED_ARGUMENTS, BAKED_INPUT, BakedInput, apply_baked_input
 from lightning_qat.conversion.inputs import ARGUMENTS, quantize_inputs
+from lightning_qat.conversion.nested import keep_padded
 from lightning_qat.conversion.sharding import is_sharded
 from lightning_qat.conversion.slots import covered_parameters
 from lightning_qat.conversion.state import prepared_state, refresh_scales
@@ -99,6 +100,7 @@ def bake(model: _Module) -> _Module:
         make_plain(module, slot)
         module.register_parameter(slot, value)
         vars(module).setdefault(CODES, {})[slot] = tensor
+    keep_padded(baked)
     return baked
 
 

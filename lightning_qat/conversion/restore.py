@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_qat.conversion.bake import CODES, make_plain
 from lightning_qat.conversion.baked_input import BAKED_ARGUMENTS, BAKED_INPUT, BakedInput, apply_baked_input
+from lightning_qat.conversion.nested import keep_padded, restore_nested
 from lightning_qat.conversion.slots import slots_of
 from lightning_qat.quantization.granularity import Layout
 from lightning_qat.quantization.grid import Grid
@@ -61,6 +62,8 @@ def strip_baked(model: nn.Module) -> nn.Module:
     """Make a baked model a plain float one, in place; weights keep their quantized values."""
     for module in list(model.modules()):
         module.__dict__.pop(CODES, None)
+        module.__dict__.pop(BAKED_ARGUMENTS, None)
+        restore_nested(module)
         if isinstance(module._modules.get(BAKED_INPUT), BakedInput):
             del module._modules[BAKED_INPUT]
         for key, hook in list(module._forward_pre_hooks.items()):
@@ -108,6 +111,7 @@ def restore_baked(
         slots = slots_of(modules[name])
         setattr(modules[name], BAKED_ARGUMENTS, slots.arguments if slots else ("input",))
         modules[name].register_forward_pre_hook(apply_baked_input, with_kwargs=True)
+    keep_padded(model)
     return model
 
 

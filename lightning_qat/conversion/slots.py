@@ -4,6 +4,7 @@ import inspect
 from dataclasses import dataclass
 from typing import Final, final
 
+import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
@@ -51,6 +52,8 @@ class Slots:
 
 def slots_of(module: nn.Module) -> Slots | None:
     """Return the quantizable weights of a module, or None if it has none that we know."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return None
     if isinstance(module, nn.MultiheadAttention):
         packed = module._qkv_same_embed_dim
         width, names = (module.embed_dim, _PACKED) if packed else (None, _SEPARATE)
@@ -94,6 +97,8 @@ def obstacle(module: nn.Module) -> str | None:
         return "max_norm renormalizes the table in place, which would act on the quantized copy"
     if isinstance(module, _EMBEDDINGS) and module.sparse:
         return "sparse gradients cannot pass the quantizer; use sparse=False"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "TorchScript has compiled how it reads its weights"
     if slots_of(module) is None:
         return f"{type(module).__name__} has no weight matrix that we know"
     return None

@@ -24,8 +24,8 @@ class PreparedState:
 
 def uncompiled(model: nn.Module) -> nn.Module:
     """Return the module that ``torch.compile`` wrapped, or the model itself."""
-    inner: Any = model._modules.get("_orig_mod")
-    return model if inner is None else inner
+    children = dict(model.named_children())  # scripted modules keep theirs elsewhere than in _modules
+    return children.get("_orig_mod", model)
 
 
 def prepared_state(model: nn.Module) -> PreparedState | None:
