@@ -1,8 +1,21 @@
 """Callbacks: each does one thing and composes with the others."""
 
+from lightning_qat.callbacks.advice import Bounds
 from lightning_qat.callbacks.calibration import Calibration
+from lightning_qat.callbacks.capture import FeatureMatch
 from lightning_qat.callbacks.distillation import Distillation
+from lightning_qat.callbacks.plateau import PlateauBitWidth
 from lightning_qat.callbacks.progressive import ProgressiveBitWidth
 from lightning_qat.callbacks.qat import QATCallback
+from lightning_qat.callbacks.statistics import QuantizationStatistics
 
-__all__ = ["Calibration", "Distillation", "ProgressiveBitWidth", "QATCallback"]
+__all__ = [
+    "Bounds",
+    "Calibration",
+    "Distillation",
+    "FeatureMatch",
+    "PlateauBitWidth",
+    "ProgressiveBitWidth",
+    "QATCallback",
+    "QuantizationStatistics",
+]

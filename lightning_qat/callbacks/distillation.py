@@ -1,10 +1,8 @@
 """Distillation: a frozen teacher adds its loss to the user's own."""
 
-import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
 from typing import Any, Literal, final
 
 import lightning.pytorch as pl
@@ -13,38 +11,55 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_qat.callbacks.attachment import ModuleHooks, attach, detach
-from lightning_qat.callbacks.teacher import Teacher
+from lightning_qat.callbacks.capture import (
+    Call,
+    FeatureMatch,
+    capturing,
+    describe,
+    find_layers,
+    find_module,
+    find_tensor,
+    module_names,
+)
+from lightning_qat.callbacks.teacher import Teacher, TeacherSource
 from lightning_qat.losses import kl_divergence, top1_agreement
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "same": None}
+_TEMPERATURE = 2.0
 Loss = Callable[..., Tensor]
-TeacherSource = nn.Module | str | Path | Callable[[], nn.Module]
 
 
 @final
 class Distillation(pl.Callback, ModuleHooks):
-    r"""Adds :math:`weight \cdot L(student, teacher)` to the loss that ``training_step`` returns, once per student forward.
+    r"""Adds :math:`weight \cdot L(student, teacher)` to the loss of ``training_step``, once per student forward.
 
     Automatic and manual optimization, accumulation and loss scaling work as without it. The teacher runs in evaluation
     mode without gradients on the very inputs of the student; it is in no ``state_dict``, parameter list, EMA or DDP
-    bucket of the module, and its random numbers do not shift the student's.
+    bucket of the module, and its random numbers do not shift the student's. A resumed run meets the same teacher: its
+    weights are in the checkpoint (None), or a hash of them is, and another teacher is an error.
+
+    Logged every ``log_every_n_steps``: ``distillation/task_loss``, ``/loss``, ``/ratio`` (of weighted distillation loss
+    to task loss), ``/top1_agreement`` with the teacher, and ``/features`` where layers are matched.
 
     Args:
         teacher: None for a copy of the latent float weights at fit start (kept in checkpoints: the size of the float
-            weights), a module, a factory of one, or the path of a checkpoint (kept as path and SHA-256).
+            weights), a module, a factory of one, or the path of a checkpoint, Lightning's or a ``state_dict``.
         temperature: softens both distributions, positive; for losses that take one.
         weight: factor of the teacher's loss, not negative.
         loss: function of (student, teacher) outputs; ``temperature`` and ``mask`` are passed if it takes them. For
             regression use :func:`lightning_qat.losses.mean_squared_error`.
         module: dotted path of the submodule whose outputs are matched; "" finds it: the LightningModule itself if its
             forward runs, else the one child with parameters that does.
-        select: takes the tensor to match from an output; by default a tensor, the first tensor of a tuple,
-            ``"logits"`` of a dict or an attribute ``logits``.
-        mask: function of the batch that returns which positions count.
+        select: takes the tensor to match from an output; by default a tensor, ``logits`` of a dict or object, the
+            only floating tensor of a dict, the first of a tuple.
+        mask: function of the batch that returns which positions count, such as
+            ``lambda batch: next_token_mask(batch["labels"])``.
+        features: layers inside the model that follow the teacher's, too.
         dtype: ``"same"`` as the student, or ``"bfloat16"`` to halve the teacher's memory.
 
     Raises:
-        ValueError: values out of range, a path without file, an option that the loss does not take.
+        ValueError: values out of range, a path without file, an option that the loss does not take. At fit start: names
+            that match nothing. In the first step: outputs among which it cannot choose; messages list the candidates.
 
     Source: arXiv:1503.02531.
     """
@@ -53,34 +68,71 @@ class Distillation(pl.Callback, ModuleHooks):
         self,
         teacher: TeacherSource | None = None,
         *,
-        temperature: float = 2.0,
+        temperature: float = _TEMPERATURE,
         weight: float = 1.0,
         loss: Loss = kl_divergence,
         module: str = "",
         select: Callable[[Any], Tensor] | None = None,
         mask: Callable[[Any], Tensor] | None = None,
+        features: tuple[FeatureMatch, ...] = (),
         dtype: Literal["same", "float32", "bfloat16"] = "same",
     ) -> None:
         _check(temperature=temperature, weight=weight, dtype=dtype)
         self.teacher = Teacher(teacher, dtype=_DTYPES[dtype])
-        self.temperature, self.weight, self.loss = temperature, weight, loss
-        self.module, self.select, self.mask = module, select, mask
-        self._loss = _with_temperature(loss, temperature)
-        self._target: str | None = None
-        self._captured: list[tuple[str, tuple[Any, ...], dict[str, Any], Any]] = []
+        self.temperature, self.weight, self.loss, self.dtype = temperature, weight, loss, dtype
+        self.module, self.select, self.mask, self.features = module, select, mask, tuple(features)
+        self._options = _options(loss, temperature, mask)
+        self._target: str | None = module or None
+        self._layers: list[dict[str, nn.Module]] = []
+        self._calls: list[Call] = []
+        self._batch: Any = None
+        self._compiled_step: Any = None
+
+    def __repr__(self) -> str:
+        """Return an expression that evaluates back, where no function or module of the user is in it."""
+        given = {
+            "teacher": self.teacher.source, "temperature": self.temperature, "weight": self.weight, "loss": self.loss,
+            "module": self.module, "select": self.select, "mask": self.mask, "features": self.features,
+            "dtype": self.dtype,
+        }  # fmt: skip
+        defaults = {name: p.default for name, p in inspect.signature(type(self)).parameters.items()}
+        shown = [f"{name}={_name(value)}" for name, value in given.items() if value is not defaults[name]]
+        return f"Distillation({', '.join(shown)})"
 
     @override
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         if stage == "fit":
             attach(pl_module)
-
-    @override
-    def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        self.teacher.build(pl_module)
+            # Of a compiled module, training_step would be compiled without us; its forward stays compiled.
+            self._compiled_step = pl_module.__dict__.pop("training_step", None)
+            self._target = self.module or ("" if self._compiled_step is not None else None)
 
     @override
     def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
+        if self._compiled_step is not None:
+            pl_module.__dict__["training_step"] = self._compiled_step
+            self._compiled_step = None
+        self._calls, self._batch, self._layers = [], None, []
         detach(pl_module)
+
+    @override
+    def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        if self.module:
+            find_module(pl_module, self.module, "module")
+        self._layers = [find_layers(pl_module, feature.match) for feature in self.features]
+        self.teacher.build(pl_module)
+        missing = [name for layers in self._layers for name in layers if not self.teacher.has(self._in_teacher(name))]
+        if missing:
+            raise ValueError(
+                f"Distillation: the teacher has no layer {missing[0]!r} (and lacks {len(missing) - 1} more that "
+                "FeatureMatch names); match layers that both have"
+            )
+
+    @override
+    def on_train_batch_start(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
+    ) -> None:
+        self._batch = batch
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -96,20 +148,11 @@ class Distillation(pl.Callback, ModuleHooks):
 
     @contextmanager
     def _capturing(self, pl_module: "pl.LightningModule") -> Iterator[None]:
-        self._captured.clear()
-        handles = [
-            module.register_forward_hook(functools.partial(self._capture, name), with_kwargs=True)
-            for name, module in self._candidates(pl_module).items()
-        ]
-        try:
+        layers = {name: module for matched in self._layers for name, module in matched.items()}
+        with capturing(self._candidates(pl_module), layers) as self._calls:
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _candidates(self, pl_module: "pl.LightningModule") -> dict[str, nn.Module]:
-        if self.module:
-            return {self.module: pl_module.get_submodule(self.module)}
         if self._target is not None:
             return {self._target: pl_module.get_submodule(self._target)}
         children = {
@@ -117,85 +160,97 @@ class Distillation(pl.Callback, ModuleHooks):
         }
         return {"": pl_module, **children}
 
-    def _capture(
-        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
-        if torch.is_grad_enabled():
-            self._captured.append((name, args, kwargs, output))
-
     @override
     def training_step_done(self, pl_module: "pl.LightningModule", output: Any, batch: Any) -> Any:
         if not pl_module.automatic_optimization or output is None:
             return output
         task = output["loss"] if isinstance(output, dict) else output
-        total = self._added(pl_module, task, batch)
+        total = self._added(pl_module, task)
         return {**output, "loss": total} if isinstance(output, dict) else total
 
     @override
     def before_manual_backward(self, pl_module: "pl.LightningModule", loss: Tensor) -> Tensor:
-        return self._added(pl_module, loss, None) if self._captured else loss
+        return self._added(pl_module, loss) if self._calls else loss
 
-    def _added(self, pl_module: "pl.LightningModule", task: Tensor, batch: Any) -> Tensor:
-        calls = self._matched_calls(pl_module)
-        mask = None if self.mask is None else self.mask(batch)
-        losses, agreement = [], None
-        for name, args, kwargs, output in calls:
-            student = self._tensor(output, name, pl_module)
-            teacher = self._tensor(self.teacher(pl_module, name, args, kwargs), name, pl_module)
-            losses.append(self._loss(student, teacher, **({} if mask is None else {"mask": mask})))
-            agreement = top1_agreement(student.detach(), teacher, mask=mask) if student.dim() > 1 else None
-        distillation = torch.stack(losses).sum()
-        self._log(pl_module, task, distillation, agreement)
-        self._captured.clear()
-        return task + self.weight * distillation.to(task.device)
+    def _added(self, pl_module: "pl.LightningModule", task: Tensor) -> Tensor:
+        calls, self._calls[:] = self._matched_calls(pl_module), []
+        mask = None if self.mask is None else self.mask(self._batch)
+        terms = [self._terms(call, mask, pl_module) for call in calls]
+        total = torch.stack([term["total"].to(task.device) for term in terms]).sum()
+        if pl_module.trainer._logger_connector.should_update_logs:  # at other steps nobody would see it
+            self._log(pl_module, task, total, terms)
+        return task + total
 
-    def _matched_calls(self, pl_module: "pl.LightningModule") -> list[tuple[str, tuple[Any, ...], dict[str, Any], Any]]:
-        names = list(dict.fromkeys(call[0] for call in self._captured))
+    def _terms(self, call: Call, mask: Tensor | None, pl_module: "pl.LightningModule") -> dict[str, Tensor]:
+        layers = {
+            name: self.teacher.counterpart(self._in_teacher(name)) for matched in self._layers for name in matched
+        }
+        output, theirs = self.teacher(call.name, call.args, call.kwargs, layers)
+        student = self._tensor(call.output, call.name, pl_module)
+        teacher = self._tensor(output, call.name, pl_module)
+        loss = self.loss(student, teacher, **self._options, **({} if self.mask is None else {"mask": mask}))
+        terms = {"loss": loss, "total": self.weight * loss}
+        if self.features:
+            terms["features"] = self._feature_loss(call.features, theirs, mask)
+            terms["total"] = terms["total"] + terms["features"]
+        if student.dim() > 1 and pl_module.trainer._logger_connector.should_update_logs:
+            agreement_mask = mask if mask is None or mask.shape == student.shape[:-1] else None
+            terms["top1_agreement"] = top1_agreement(student.detach(), teacher, mask=agreement_mask)
+        return terms
+
+    def _feature_loss(self, ours: dict[str, Any], theirs: dict[str, Any], mask: Tensor | None) -> Tensor:
+        losses = []
+        for feature, matched in zip(self.features, self._layers, strict=True):
+            options = {"mask": mask} if mask is not None and "mask" in _parameters(feature.loss) else {}
+            select = feature.select or find_tensor
+            for name in matched:
+                if name not in ours:
+                    raise ValueError(
+                        f"Distillation: FeatureMatch(match={feature.match!r}): {name} did not run inside the student's "
+                        "forward; restrict the pattern to layers that do"
+                    )
+                loss = feature.loss(select(ours[name]), select(theirs[name]), **options)
+                losses.append(feature.weight / len(matched) * loss)
+        return torch.stack(losses).sum()
+
+    def _in_teacher(self, name: str) -> str:
+        """Return a layer's name in the teacher, which may be no more than the student's matched submodule."""
+        inside = name.removeprefix(f"{self._target}.") if self._target else name
+        return name if self.teacher.has(name) else inside
+
+    def _matched_calls(self, pl_module: "pl.LightningModule") -> list[Call]:
+        names = list(dict.fromkeys(call.name for call in self._calls))
         if "" in names:
             names = [""]
         if len(names) != 1:
-            known = [name for name, _ in pl_module.named_modules() if name and name.count(".") < 2]
             found = f"several children ran: {names}" if names else "no forward of the module or its children was seen"
             raise ValueError(
-                f"Distillation: cannot tell which outputs to match: {found}. Name one with "
-                f"Distillation(module=...); candidates: {names or known[:10]}"
+                f"Distillation: cannot tell which outputs to match: {found}. Name one with Distillation(module=...); "
+                f"candidates: {names or module_names(pl_module)[:10]}"
             )
         self._target = names[0]
-        return [call for call in self._captured if call[0] == names[0]]
+        return [call for call in self._calls if call.name == names[0]]
 
     def _tensor(self, output: Any, name: str, pl_module: "pl.LightningModule") -> Tensor:
         found = self.select(output) if self.select is not None else find_tensor(output)
         if found is None:
-            kind = list(output) if isinstance(output, dict) else type(output).__name__
             raise ValueError(
-                f"Distillation: cannot tell which tensor of the output of {name or type(pl_module).__name__!r} to match: "
-                f"{kind}; pass Distillation(select=lambda output: ...)"
+                f"Distillation: cannot tell which tensor of the output of {name or type(pl_module).__name__!r} to "
+                f"match, which is {describe(output)}; pass Distillation(select=lambda output: ...)"
             )
         return found
 
     def _log(
-        self, pl_module: "pl.LightningModule", task: Tensor, distillation: Tensor, agreement: Tensor | None
+        self, pl_module: "pl.LightningModule", task: Tensor, total: Tensor, terms: list[dict[str, Tensor]]
     ) -> None:
-        task, distillation = task.detach(), distillation.detach()
-        values = {"task_loss": task, "loss": distillation, "ratio": distillation / task.abs().clamp(min=1e-12)}
-        if agreement is not None:
-            values["top1_agreement"] = agreement
-        pl_module.log_dict({f"distillation/{name}": value for name, value in values.items()}, batch_size=1)
-
-
-def find_tensor(output: Any) -> Tensor | None:
-    """Return the tensor that an output is about: itself, ``logits``, or the first floating tensor of a tuple."""
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(output, dict):
-        floats = [value for value in output.values() if isinstance(value, Tensor) and value.is_floating_point()]
-        return output["logits"] if "logits" in output else (floats[0] if len(floats) == 1 else None)
-    logits = getattr(output, "logits", None)
-    if isinstance(logits, Tensor):
-        return logits
-    if isinstance(output, tuple | list):
-        return next((value for value in output if isinstance(value, Tensor) and value.is_floating_point()), None)
-    return None
+        task, total = task.detach(), total.detach()
+        values = {"task_loss": task, "ratio": total / task.abs().clamp(min=1e-12)}
+        for name, combine in (("loss", torch.sum), ("features", torch.sum), ("top1_agreement", torch.mean)):
+            present = [term[name].detach() for term in terms if name in term]
+            if present:
+                values[name] = combine(torch.stack(present))
+        named = {f"distillation/{name}": value for name, value in values.items()}
+        pl_module.log_dict(named, on_step=True, on_epoch=False, batch_size=1)
 
 
 def _check(*, temperature: float, weight: float, dtype: str) -> None:
@@ -207,9 +262,22 @@ def _check(*, temperature: float, weight: float, dtype: str) -> None:
         raise ValueError(f"Distillation: dtype={dtype!r} is not allowed; choose one of {sorted(_DTYPES)}")
 
 
-def _with_temperature(loss: Loss, temperature: float) -> Loss:
-    if "temperature" in inspect.signature(loss).parameters:
-        return functools.partial(loss, temperature=temperature)
-    if temperature != 2.0:
-        raise ValueError(f"Distillation: temperature={temperature} has no effect: {loss!r} does not take one")
-    return loss
+def _parameters(loss: Loss) -> set[str]:
+    return set(inspect.signature(loss).parameters)
+
+
+def _options(loss: Loss, temperature: float, mask: Any) -> dict[str, float]:
+    """Return the keyword arguments that a loss gets."""
+    taken = _parameters(loss)
+    if mask is not None and "mask" not in taken:
+        raise ValueError(f"Distillation: mask has no effect: {_name(loss)} does not take one")
+    if "temperature" in taken:
+        return {"temperature": temperature}
+    if temperature != _TEMPERATURE:
+        raise ValueError(f"Distillation: temperature={temperature} has no effect: {_name(loss)} does not take one")
+    return {}
+
+
+def _name(value: Any) -> str:
+    named = inspect.isfunction(value) or inspect.isbuiltin(value)
+    return f"{value.__module__}.{value.__qualname__}" if named else repr(value)

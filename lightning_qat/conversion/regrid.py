@@ -3,14 +3,14 @@
 import fnmatch
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
-from lightning_qat.conversion.prepare import quantizers, refresh_scales
+from lightning_qat.conversion.state import quantizers, refresh_scales
 from lightning_qat.conversion.view import TRANSFORMS
 from lightning_qat.functional.fake_quantize import dequantize, quantize
 from lightning_qat.functional.scaling import Sample
@@ -106,9 +106,19 @@ def check_precisions(
     for name, quantizer in chosen.items():
         for precision in wanted:
             grid = target_grid(quantizer, precision)
-            quantizer.check_grid(grid)
+            _check_grid(quantizer, grid)
             _check_zero(model.get_submodule(name.rpartition(".")[0]), name, grid)
     return chosen
+
+
+def _check_grid(quantizer: FakeQuantizer, grid: Grid) -> None:
+    problem = "one has a zero point, the other has none" if grid.symmetric != quantizer.spec.grid.symmetric else ""
+    try:
+        replace(quantizer.spec, grid=grid)
+    except ValueError as error:
+        problem = problem or str(error)
+    if problem:
+        raise ValueError(f"{quantizer.name}: cannot change from {quantizer.spec.grid!r} to {grid!r}: {problem}")
 
 
 def _check_zero(layer: nn.Module, name: str, grid: Grid) -> None:

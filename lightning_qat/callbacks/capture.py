@@ -1,0 +1,176 @@
+"""Capture: what a module computes inside a training step, for Distillation."""
+
+import difflib
+import fnmatch
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qat.conversion.view import QUANTIZER_SUFFIX
+from lightning_qat.losses import hidden_state_mse
+
+
+@final
+@dataclass(frozen=True)
+class FeatureMatch:
+    """Layers inside the model whose outputs follow the teacher's, too.
+
+    Args:
+        match: glob over dotted module names, such as ``"backbone.blocks.*.feedforward"``.
+        loss: function of (student, teacher) outputs, such as :func:`lightning_qat.losses.hidden_state_mse`; ``mask`` is
+            passed if it takes one. For :func:`lightning_qat.losses.attention_relation_loss` let ``select`` return the
+            sequence of tensors: ``select=lambda qkv: qkv.chunk(3, dim=-1)``.
+        weight: factor of the mean over the matched layers, not negative.
+        select: takes what to compare from an output; by default as :class:`Distillation` does.
+
+    Raises:
+        ValueError: a negative weight.
+    """
+
+    match: str
+    loss: Callable[..., Tensor] = hidden_state_mse
+    weight: float = 1.0
+    select: Callable[[Any], Any] | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight < float("inf"):
+            raise ValueError(f"FeatureMatch: weight={self.weight} is not allowed; choose a value that is not negative")
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One forward of the student: of which module, on what, its output, and the outputs of layers inside it."""
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+    features: dict[str, Any] = field(default_factory=dict)
+
+
+@contextmanager
+def capturing(targets: dict[str, nn.Module], layers: dict[str, nn.Module]) -> Iterator[list[Call]]:
+    """Collect the forwards of target modules that run with gradients inside the context, with what layers compute.
+
+    Args:
+        targets: modules by name.
+        layers: modules inside of them, by name.
+    """
+    calls: list[Call] = []
+    features: dict[str, Any] = {}
+    handles = [
+        module.register_forward_hook(functools.partial(_add_call, calls, features, name), with_kwargs=True)
+        for name, module in targets.items()
+    ]
+    handles += [
+        module.register_forward_hook(functools.partial(_add_feature, features, n)) for n, module in layers.items()
+    ]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _add_call(
+    calls: list[Call], features: dict[str, Any], name: str, module: nn.Module, args: tuple[Any, ...],
+    kwargs: dict[str, Any], output: Any,
+) -> None:  # fmt: skip
+    if torch.is_grad_enabled():
+        calls.append(Call(name, args, kwargs, output, dict(features)))
+    features.clear()
+
+
+def _add_feature(features: dict[str, Any], name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    features[name] = output
+
+
+@contextmanager
+def capturing_features(layers: dict[str, nn.Module]) -> Iterator[dict[str, Any]]:
+    """Collect the outputs of modules by name."""
+    features: dict[str, Any] = {}
+    handles = [
+        module.register_forward_hook(functools.partial(_add_feature, features, n)) for n, module in layers.items()
+    ]
+    try:
+        yield features
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def find_tensor(output: Any) -> Tensor | None:
+    """Return the tensor that an output is about, or None where that cannot be told.
+
+    The output itself, its ``logits`` (attribute or key), the only floating tensor of a dict, or the first of a tuple.
+    """
+    if isinstance(output, Tensor):
+        return output
+    logits = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
+    values = list(output.values()) if isinstance(output, dict) else output if isinstance(output, tuple | list) else []
+    floats = [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
+    if isinstance(output, dict):
+        return floats[0] if len(floats) == 1 else None
+    return floats[0] if floats else None
+
+
+def describe(output: Any) -> str:
+    """Return what an output consists of, for messages."""
+    if isinstance(output, dict):
+        return f"a dict with the keys {list(output)}"
+    if isinstance(output, tuple | list):
+        return f"a {type(output).__name__} of {[type(value).__name__ for value in output]}"
+    return f"a {type(output).__name__}"
+
+
+def module_names(model: nn.Module) -> list[str]:
+    """Return the dotted names of the modules that a user knows: without quantizers."""
+    return [
+        name
+        for name, _ in model.named_modules()
+        if name and not any(QUANTIZER_SUFFIX in part for part in name.split("."))
+    ]
+
+
+def close_names(wanted: str, names: Sequence[str]) -> list[str]:
+    """Return up to eight candidates for a name, the most similar first."""
+    return difflib.get_close_matches(wanted, names, n=8, cutoff=0.3) or list(names)[:8]
+
+
+def find_module(model: nn.Module, name: str, argument: str) -> nn.Module:
+    """Return a submodule.
+
+    Raises:
+        ValueError: naming the argument and similar names.
+    """
+    names = module_names(model)
+    if name not in names:
+        raise ValueError(
+            f"Distillation: {argument}={name!r} is no module of {type(model).__name__}; "
+            f"candidates: {close_names(name, names)}"
+        )
+    return model.get_submodule(name)
+
+
+def find_layers(model: nn.Module, match: str) -> dict[str, nn.Module]:
+    """Return the modules whose dotted name matches a glob.
+
+    Raises:
+        ValueError: a pattern that matches nothing, with similar names.
+    """
+    names = module_names(model)
+    found = {name: model.get_submodule(name) for name in names if fnmatch.fnmatchcase(name, match)}
+    if not found:
+        raise ValueError(
+            f"Distillation: FeatureMatch(match={match!r}) matches no module of {type(model).__name__}; "
+            f"candidates: {close_names(match, names)}"
+        )
+    return found
