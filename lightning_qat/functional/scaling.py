@@ -180,7 +180,7 @@ class _Best:
         )
 
     def others(self) -> Iterator[Tensor]:
-        """Yield candidates beyond multiples of AbsMax: the scale that clips nothing, and some near the mean for outliers."""
+        """Yield candidates beyond multiples of AbsMax: the scale that clips nothing, and some near the mean."""
         amax = torch.maximum(self.maximum / self.grid.hi, self.minimum / self.grid.lo)
         yield self._finish(amax / self.grid.step_factor)
         mean = self.grid.absmean_scale(self.sample.mean(), self.grid.hi)
