@@ -56,7 +56,7 @@ def stage_config(cfg: DictConfig, name: str) -> DictConfig:
         for node in ("model", "trainer"):
             changed[node] = OmegaConf.merge(changed[node], cfg[name][node])
         if name == FLOAT:
-            present = changed.callbacks or {}
+            present = changed.get("callbacks") or {}
             unknown = [key for key in cfg.float.callbacks if key not in present]
             if unknown:
                 raise ValueError(
@@ -77,7 +77,7 @@ def build_stage(cfg: DictConfig) -> Stage:
     return Stage(
         data=build(cfg.data),
         model=build(cfg.model),
-        trainer=build(cfg.trainer, callbacks=_values(cfg.callbacks), logger=_values(cfg.logger) or False),
+        trainer=build(cfg.trainer, callbacks=_values(cfg.get("callbacks")), logger=_values(cfg.get("logger")) or False),
     )
 
 
@@ -87,7 +87,7 @@ def build_evaluator(cfg: DictConfig) -> L.Trainer:
     Args:
         cfg: of a stage.
     """
-    callbacks = {name: node for name, node in (cfg.callbacks or {}).items() if name == "progress_bar"}
+    callbacks = {name: node for name, node in (cfg.get("callbacks") or {}).items() if name == "progress_bar"}
     trainer: L.Trainer = build(cfg.trainer, callbacks=_values(callbacks), logger=False, enable_checkpointing=False)
     return trainer
 

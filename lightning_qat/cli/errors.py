@@ -67,6 +67,8 @@ def explain(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, OmegaConfBaseException):
         return str(error)
+    if "Config group override must be a string or a list" in str(error):
+        return "GROUP=null: a group takes the name of an option; leave it out with ~GROUP"
     return str(error) if _is_for_users(error) else None
 
 

@@ -84,8 +84,8 @@ def run_figure(
     for row, key in enumerate(("post_training", "qat")):
         axis = figure.add_subplot(grid[row, 1])
         _draw_weight(axis, views[key], key)
-        if row == 0:
-            _head(axis, f"{name}: {views[key].latent.size:,} weights in units of the step")
+        when = "after float training" if key == "post_training" else "after QAT"
+        _head(axis, f"{name}, in steps, {when}\n")
     return figure
 
 
@@ -106,8 +106,10 @@ def _draw_quality(axis: Axes, measurements: Mapping[str, Measurement], metric: s
     for row, value in zip(rows, values, strict=True):
         axis.annotate(format_metric(metric, value), (value, row), (0, 7), textcoords="offset points", ha="center",
                       fontsize=9, color=INK)  # fmt: skip
-    margin = 0.25 * (max(values) - min(values)) or 0.01 * abs(values[0]) or 1.0
+    # At least 2 % to both sides, so that noise does not fill the axis.
+    margin = max(0.25 * (max(values) - min(values)), 0.02 * max(map(abs, values)), 1e-6)
     axis.set_xlim(min(values) - margin, max(values) + margin)
+    axis.set_xticks([])
     _label_rows(axis, measurements)
     better = "higher" if direction == "max" else "lower"
     _head(axis, f"{metric_title(metric)} on the test data ({better} is better)")
@@ -134,23 +136,20 @@ def _label_rows(axis: Axes, measurements: Mapping[str, Measurement]) -> None:
 
 def _draw_weight(axis: Axes, view: WeightView, key: str) -> None:
     levels, counts = np.unique(view.levels, return_counts=True)
-    low, high = levels.min() - 1.0, levels.max() + 1.0
-    bins = np.linspace(low, high, 12 * round(high - low) + 1)
-    share, _ = np.histogram(view.latent.clip(low, high), bins=bins)
-    share = share / view.latent.size
-    axis.bar(bins[:-1], share, width=np.diff(bins), align="edge", color=COLORS[key], alpha=0.55, linewidth=0)
-    top = 1.35 * share.max()
+    low, high = levels.min() - 0.75, levels.max() + 0.75
+    bins = np.linspace(low, high, min(120, 24 * len(levels)) + 1)
+    inside, _ = np.histogram(view.latent, bins=bins)
+    axis.bar(bins[:-1], inside, width=np.diff(bins), align="edge", color=COLORS[key], alpha=0.6, linewidth=0)
+    top = 1.15 * inside.max()
     axis.vlines(levels, 0, top, color=INK, linewidth=0.8, linestyle=":")
-    if len(levels) <= 17:
+    if len(levels) <= 8:
         for level, count in zip(levels, counts, strict=True):
-            axis.annotate(f"{100 * count / counts.sum():.0f}%", (level, top), (0, 2), textcoords="offset points",
-                          ha="center", fontsize=7, color=INK)  # fmt: skip
-    when = "latent weights after float training" if key == "post_training" else "latent weights after QAT"
-    axis.set_ylabel(TITLES[key], color=INK)
-    axis.annotate(when, (0.01, 0.86), xycoords="axes fraction", fontsize=8, color=INK)
+            axis.annotate(f"{100 * count / counts.sum():.0f} %", (level, top), (0, 3), textcoords="offset points",
+                          ha="center", fontsize=9, color=INK)  # fmt: skip
+    axis.set_xlim(low, high)
     axis.set_ylim(0, top)
+    axis.set_xticks(levels)
     axis.set_yticks([])
-    axis.margins(x=0)
     _bare(axis)
 
 
