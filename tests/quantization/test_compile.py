@@ -1,0 +1,138 @@
+"""torch.compile: one graph without breaks, one compilation for all widths of a family, the numbers of eager mode."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo import lookup_backend
+
+from lightning_qat.quantization import (
+    AbsMax,
+    AbsMean,
+    Binary,
+    Clipped,
+    ElementwiseScaling,
+    FakeQuantizer,
+    Grid,
+    HalfInt,
+    Int,
+    Learned,
+    LearnedSoft,
+    MinimumError,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    PerToken,
+    Pi,
+    QuantizerSpec,
+    Soft,
+    StraightThrough,
+    Ternary,
+)
+
+# torch.compile itself makes an instance of the class while it traces an autograd function.
+pytestmark = pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")
+WEIGHTS = (
+    QuantizerSpec(Int(8), PerChannel(), AbsMax(), StraightThrough()),
+    QuantizerSpec(Int(8), PerGroup(4), Learned(), Clipped()),
+)
+SPECS = (
+    *WEIGHTS,
+    QuantizerSpec(Int(4, symmetric=False), PerGroup(4), MinimumError(), ElementwiseScaling(0.2)),
+    QuantizerSpec(HalfInt(2), PerChannel(), Learned(AbsMax()), LearnedSoft(0.3)),
+    QuantizerSpec(Pi(3, 4), PerTensor(), AbsMax(), Soft(0.3)),
+    QuantizerSpec(Ternary(0.3), PerTensor(), Learned(), Clipped(0.5), "bfloat16"),
+)
+INPUTS = (
+    QuantizerSpec(Int(8, narrow=True), PerToken(), AbsMax(), StraightThrough()),
+    QuantizerSpec(Int(8, symmetric=False), PerToken(), AbsMax(), Clipped()),
+)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+class Counter:
+    """A backend that counts how often something is compiled."""
+
+    def __init__(self) -> None:
+        self.num_graphs = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        self.num_graphs += 1
+        compiled: Callable[..., Any] = lookup_backend("aot_eager")(graph, inputs)
+        return compiled
+
+
+def ready(spec: QuantizerSpec, x: Tensor) -> FakeQuantizer:
+    is_input = isinstance(spec.granularity, PerToken)
+    quantizer = FakeQuantizer(spec, () if is_input else tuple(x.shape))
+    quantizer.find_scale(x)
+    return quantizer
+
+
+def step(module: Callable[[Tensor], Tensor], quantizer: nn.Module, x: Tensor) -> list[Tensor]:
+    """Forward and backward: the output and all gradients."""
+    latent = x.clone().requires_grad_()
+    quantizer.zero_grad()
+    out = module(latent)
+    (out * torch.linspace(-1, 1, x.numel()).reshape(x.shape)).sum().backward()
+    gradients = [latent.grad, *(parameter.grad for parameter in quantizer.parameters())]
+    return [out.detach(), *(gradient.clone() for gradient in gradients if gradient is not None)]
+
+
+@pytest.mark.parametrize("spec", (*SPECS, *INPUTS), ids=lambda spec: spec.label)
+def test_compiled_numbers_are_those_of_eager_mode(spec: QuantizerSpec) -> None:
+    x = torch.randn(4, 8)
+    quantizer = ready(spec, x)
+    compiled = torch.compile(quantizer, fullgraph=True, backend="aot_eager")
+    found, expected = step(compiled, quantizer, x), step(quantizer, quantizer, x)
+    assert torch.equal(found[0], expected[0])
+    assert len(found) == len(expected) == 2 + len(list(quantizer.parameters()))
+    for one, other in zip(found[1:], expected[1:], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("spec", (*WEIGHTS, INPUTS[0]), ids=lambda spec: spec.label)
+def test_one_compilation_for_all_widths(spec: QuantizerSpec) -> None:
+    """Bits live in tensors, so a schedule from 8 to 2 bits never compiles again (trap 44)."""
+    x, counter = torch.randn(4, 8), Counter()
+    quantizer = ready(spec, x)
+    compiled = torch.compile(quantizer, fullgraph=True, backend=counter)
+    for bits in range(8, 1, -1):
+        quantizer.set_grid(dataclasses.replace(spec.grid, bits=bits))  # type: ignore[type-var]
+        quantizer.find_scale(x)
+        found, expected = step(compiled, quantizer, x), step(quantizer, quantizer, x)
+        assert torch.equal(found[0], expected[0])
+        assert torch.allclose(found[1], expected[1])
+        assert found[0].unique().numel() > 1
+    assert counter.num_graphs == 1
+
+
+def test_another_family_compiles_once_more() -> None:
+    x, counter = torch.randn(4, 8), Counter()
+    quantizer = ready(QuantizerSpec(Int(8), scale=AbsMean()), x)
+    compiled = torch.compile(quantizer, fullgraph=True, backend=counter)
+    stages: tuple[Grid, ...] = (Int(8), Int(4), Ternary(), Ternary(), Binary())
+    for grid in stages:
+        quantizer.set_grid(grid)
+        assert torch.equal(compiled(x), quantizer(x))
+    assert counter.num_graphs == 3
+
+
+def test_inductor() -> None:
+    """Bit for bit where scales are stored or AbsMax; gradients within rounding."""
+    x = torch.randn(6, 16)
+    quantizers = nn.Sequential(*(ready(spec, x) for spec in (WEIGHTS[0], SPECS[3])))
+    compiled = torch.compile(quantizers, fullgraph=True)
+    found, expected = step(compiled, quantizers, x), step(quantizers, quantizers, x)
+    assert torch.equal(found[0], expected[0])
+    for one, other in zip(found[1:], expected[1:], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
