@@ -16,7 +16,8 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"functional"}),
     frozenset({"quantization"}),
     frozenset({"conversion", "losses", "metrics", "schedules"}),
-    frozenset({"models", "data", "callbacks", "export"}),
+    frozenset({"export"}),
+    frozenset({"models", "data", "callbacks"}),
     frozenset({""}),
     frozenset({"cli"}),
 )

@@ -50,7 +50,8 @@ def codes(model: nn.Module) -> dict[str, QuantizedTensor]:
             if key not in seen:
                 seen.add(key)
                 found[prefix + slot] = baked[slot] if slot in baked else _codes_of(module, slot)
-    if not found and prepared_state(model) is None and not any(CODES in vars(m) for m in model.modules()):
+    is_baked = any(CODES in vars(module) or BAKED_INPUT in module._modules for module in model.modules())
+    if not found and prepared_state(model) is None and not is_baked:
         raise ValueError(f"{type(model).__name__} is neither prepared nor baked; call prepare(model, recipe) first")
     return found
 
