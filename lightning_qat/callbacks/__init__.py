@@ -4,6 +4,7 @@ from lightning_qat.callbacks.advice import Bounds
 from lightning_qat.callbacks.calibration import Calibration
 from lightning_qat.callbacks.capture import FeatureMatch
 from lightning_qat.callbacks.distillation import Distillation
+from lightning_qat.callbacks.export import ExportCallback
 from lightning_qat.callbacks.plateau import PlateauBitWidth
 from lightning_qat.callbacks.progressive import ProgressiveBitWidth
 from lightning_qat.callbacks.qat import QATCallback
@@ -13,6 +14,7 @@ __all__ = [
     "Bounds",
     "Calibration",
     "Distillation",
+    "ExportCallback",
     "FeatureMatch",
     "PlateauBitWidth",
     "ProgressiveBitWidth",
