@@ -1,6 +1,7 @@
 """`lightning-qat-export CHECKPOINT format=...`: a checkpoint of quantized training, exported and verified."""
 
 import importlib.resources
+import pickle
 import sys
 from itertools import islice
 from pathlib import Path
@@ -96,6 +97,7 @@ def load_trained(cfg: DictConfig, checkpoint: Path) -> L.LightningModule:
     Raises:
         ValueError: the class of the model is not known, or the checkpoint holds no recipe.
     """
+    saved = _read(checkpoint)
     node = dict(cfg.model)
     if "_target_" not in node:
         raise ValueError(
@@ -103,10 +105,17 @@ def load_trained(cfg: DictConfig, checkpoint: Path) -> L.LightningModule:
             "model._target_=package.module.Class and those of its arguments that it did not save as hyperparameters"
         )
     if not run_config(checkpoint):
-        saved = torch.load(checkpoint, map_location="cpu", weights_only=True).get("hyper_parameters", {})
-        node = {**saved, **node}
+        node = {**saved.get("hyper_parameters", {}), **node}
     model: L.LightningModule = load_checkpoint(build(node), checkpoint, quantized=True)
     return model
+
+
+def _read(checkpoint: Path) -> dict[str, Any]:
+    try:
+        saved: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{checkpoint}: cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
+    return saved
 
 
 def export_checkpoint(path: Path, overrides: list[str]) -> ExportReport:

@@ -16,7 +16,7 @@ from lightning_qat.models import SequenceClassifier
 from tests.cli.conftest import Compose
 
 FAST = ("debug=fast", "data.batch_size=8", "model.num_layers=1", "model.hidden_size=16", "logger=none",
-        "~callbacks.progress_bar", "float.callbacks=[]")  # fmt: skip
+        "callbacks.progress_bar=null", "float.callbacks=[]")  # fmt: skip
 
 
 def same(model: torch.nn.Module, path: Path) -> bool:
@@ -66,6 +66,7 @@ def test_checkpoint_of_another_program(
     ("arguments", "parts"),
     [
         (["missing.ckpt"], ["missing.ckpt: no checkpoint"]),
+        (["damaged.ckpt", "model._target_=torch.nn.Linear"], ["damaged.ckpt: cannot be read as a checkpoint"]),
         (["their.ckpt"], ["model._target_=package.module.Class"]),
         (["their.ckpt", "fromat=onnx"], ["fromat: no such key", "Did you mean format?"]),
         (["their.ckpt", "format=safetensor"], ["format='safetensor' is unknown", "did you mean 'safetensors'?"]),
@@ -81,7 +82,8 @@ def test_mistakes(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    (tmp_path / "their.ckpt").write_bytes(b"never read")
+    torch.save({}, tmp_path / "their.ckpt")
+    (tmp_path / "damaged.ckpt").write_bytes(b"not a checkpoint")
     monkeypatch.setattr(sys, "argv", ["lightning-qat-export", *arguments])
     with pytest.raises(SystemExit) as exit_:
         main()

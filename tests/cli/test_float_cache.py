@@ -15,7 +15,7 @@ def key(compose_job: Compose, *overrides: str, folder: str = "run") -> str:
 
 @pytest.mark.parametrize(
     "override",
-    ["recipe=int2", "recipe.group_size=8", "qat.model.learning_rate=0.1", "qat.trainer.max_epochs=9", "logger=none",
+    ["recipe=int2", "recipe.group_size=8", "qat.model.learning_rate=0.1", "qat.trainer.max_epochs=9",
      "callbacks.calibration.num_batches=2", "+export.x=1"],
 )  # fmt: skip
 def test_shared(override: str, compose_job: Compose) -> None:
@@ -25,7 +25,7 @@ def test_shared(override: str, compose_job: Compose) -> None:
 @pytest.mark.parametrize(
     "override",
     ["seed=1", "data.batch_size=8", "model.hidden_size=32", "model.learning_rate=0.1", "trainer.max_epochs=9",
-     "float.trainer={max_epochs: 9}", "float.callbacks=[]", "callbacks.learning_rate.logging_interval=epoch"],
+     "+float.trainer.max_epochs=9", "float.callbacks=[]", "callbacks.learning_rate.logging_interval=epoch"],
 )  # fmt: skip
 def test_not_shared(override: str, compose_job: Compose) -> None:
     assert key(compose_job, override) != key(compose_job)
