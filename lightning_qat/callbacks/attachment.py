@@ -22,6 +22,10 @@ _CLASSES: Final[WeakValueDictionary[type, type["pl.LightningModule"]]] = WeakVal
 class ModuleHooks:
     """What a callback may add to the methods of a LightningModule; a mixin whose methods do nothing by default."""
 
+    def creating_layers(self, pl_module: "pl.LightningModule") -> AbstractContextManager[Any]:
+        """Return a context in which ``setup`` and ``configure_model`` of the module run."""
+        return nullcontext()
+
     def layers_created(self, pl_module: "pl.LightningModule") -> None:
         """Called after ``setup`` and ``configure_model`` of the module, before a checkpoint is restored."""
 
@@ -101,7 +105,10 @@ def _wraps(base: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[
 def _setup(base: Callable[..., Any]) -> Callable[..., Any]:
     @_wraps(base)
     def setup(self: "pl.LightningModule", *args: Any, **kwargs: Any) -> None:
-        base(self, *args, **kwargs)
+        with ExitStack() as stack:
+            for hook in _hooks(self):
+                stack.enter_context(hook.creating_layers(self))
+            base(self, *args, **kwargs)
         for hook in _hooks(self):
             hook.layers_created(self)
 

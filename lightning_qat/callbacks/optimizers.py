@@ -10,13 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
+from lightning_qat.conversion.state import reading_latents
 from lightning_qat.conversion.view import INPUT_QUANTIZER, QUANTIZER_SUFFIX, latent, view_names
 from lightning_qat.quantization.quantizer import FakeQuantizer
 
 _Group = dict[str, Any]
 _METHOD: Final = "add_param_group"
+_DECAYS: Final = ("weight_decay", "lambd")  # the second is ASGD's
 _SUFFIX: Final = "-scales"
 _SCHEDULERS: Final = "torch.optim.lr_scheduler"
+_MATRICES_ONLY: Final = "Muon"
 
 
 def quantizer_parameters(model: nn.Module) -> dict[int, str]:
@@ -129,8 +132,6 @@ class GroupSplitter:
             "name": f"{group.get('name', name)}{_SUFFIX}",
             **self._without_decay(defaults),
         }
-        if "weight_decay" in group:
-            new["weight_decay"] = 0.0
         lr = group.get("lr", defaults.get("lr"))
         if lr is not None and self.lr_multiplier != 1.0:
             new["lr"] = lr * self.lr_multiplier
@@ -138,14 +139,14 @@ class GroupSplitter:
 
     @staticmethod
     def _without_decay(defaults: dict[str, Any]) -> dict[str, float]:
-        return {"weight_decay": 0.0} if "weight_decay" in defaults else {}
+        return {key: 0.0 for key in _DECAYS if key in defaults}
 
     def watch(self, optimizer: Optimizer) -> None:
         """Split groups that come later, too: ``BackboneFinetuning`` and the like add them while training."""
         add = optimizer.add_param_group
 
         def add_param_group(param_group: _Group) -> None:
-            groups = _as_groups([param_group])
+            groups = _as_groups([param_group]) if isinstance(param_group, dict) else None
             if groups is None:
                 add(param_group)  # torch says what is wrong with it
                 return
@@ -208,19 +209,21 @@ def separate_scales(model: nn.Module, lr_multiplier: float = 1.0) -> Iterator[Gr
     original = Optimizer.__init__
 
     def build(self: Optimizer, params: Any, defaults: dict[str, Any]) -> None:
-        if splitter.names and _is_ordered(params) and not isinstance(self, LBFGS):  # LBFGS takes one group only
+        splittable = splitter.names and not isinstance(self, LBFGS) and type(self).__name__ != _MATRICES_ONLY
+        if splittable and _is_ordered(params):
             params = list(params)
             groups = _as_groups(params)
             if groups is not None:
                 kept, scales = splitter.split(groups, defaults)
                 params = [*kept, *scales]
         original(self, params, defaults)
-        if not isinstance(self, LBFGS):
+        if splittable:
             splitter.watch(self)
 
     Optimizer.__init__ = build  # type: ignore[method-assign]
     try:
-        yield splitter
+        with reading_latents(model):  # layer.weight is what an optimizer can take
+            yield splitter
         _check_multiplier(splitter)
     except (ValueError, IndexError, TypeError) as error:
         if not splitter.pairs or not _raised_by_scheduler(error.__traceback__):
@@ -265,37 +268,48 @@ def check_groups(model: nn.Module, optimizers: list[Optimizer]) -> None:
     Raises:
         ValueError: naming the parameters of quantizers for which that does not hold, the reason and the remedy.
     """
-    names = quantizer_parameters(model)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    present = {id(p) for group in groups for p in group["params"]}
+    found = {
+        "would not be trained, though the weight is": _lost(model, groups),
+        f"cannot be trained by {_MATRICES_ONLY}": _misplaced(model, optimizers),
+        "would decay with the weights": _decayed(model, groups),
+    }
+    for problem, names in found.items():
+        if names:
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            raise ValueError(f"QATCallback: {', '.join(names[:5])}{more} {problem}: {_remedy(optimizers)}")
+
+
+def _lost(model: nn.Module, groups: list[_Group]) -> list[str]:
+    names, present = quantizer_parameters(model), {id(p) for group in groups for p in group["params"]}
     owned = [f for owner, found in followers(model).items() if owner in present for f in found]
-    lost = {names[id(f)]: None for f in owned if f.requires_grad and id(f) not in present}
-    if lost:
-        raise ValueError(
-            f"QATCallback: {_some(lost)} would not be trained, though the weight is: {_reason(optimizers)}"
-        )
+    return list(dict.fromkeys(names[id(f)] for f in owned if f.requires_grad and id(f) not in present))
+
+
+def _misplaced(model: nn.Module, optimizers: list[Optimizer]) -> list[str]:
+    names = quantizer_parameters(model)
+    matrices = [group for each in optimizers if type(each).__name__ == _MATRICES_ONLY for group in each.param_groups]
+    return [names[id(p)] for group in matrices for p in group["params"] if id(p) in names]
+
+
+def _decayed(model: nn.Module, groups: list[_Group]) -> list[str]:
+    names = quantizer_parameters(model)
     mixed = [g for g in groups if g.get("weight_decay") and any(id(p) not in names for p in g["params"])]
-    decayed = {names[id(p)]: None for group in mixed for p in group["params"] if id(p) in names and p.requires_grad}
-    if decayed:
-        raise ValueError(
-            f"QATCallback: {_some(decayed)} would decay with the weights: {_reason(optimizers)}, or give scales a "
-            "group of their own with weight_decay=0"
-        )
+    return [names[id(p)] for group in mixed for p in group["params"] if id(p) in names and p.requires_grad]
 
 
-def _reason(optimizers: list[Optimizer]) -> str:
+def _remedy(optimizers: list[Optimizer]) -> str:
     if any(isinstance(optimizer, LBFGS) for optimizer in optimizers):
         return "LBFGS has one group for all; build it with all parameters of the module, self.parameters()"
+    if any(type(optimizer).__name__ == _MATRICES_ONLY for optimizer in optimizers):
+        return (
+            f"{_MATRICES_ONLY} orthogonalizes matrices, and scales are none; give them to your other optimizer: "
+            "[p for name, p in self.named_parameters() if 'quantizer' in name]"
+        )
     return (
         "the optimizer was built outside configure_optimizers(); build it inside, or call prepare(model, recipe) "
-        "before you build it"
+        "before you build it and give the quantizers' parameters a group of their own with weight_decay=0"
     )
-
-
-def _some(names: Iterable[str], limit: int = 5) -> str:
-    listed = list(names)
-    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
-    return ", ".join(listed[:limit]) + more
 
 
 def align_rates(model: nn.Module, optimizers: list[Optimizer], lr_multiplier: float) -> None:

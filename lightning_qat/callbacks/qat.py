@@ -1,11 +1,14 @@
 """QATCallback: one line that makes a LightningModule train quantized."""
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Final, final
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
+from torch.linalg import vector_norm
 from typing_extensions import override
 
 from lightning_qat.callbacks.attachment import ModuleHooks, attach, averaged_models, callbacks_of, detach
@@ -15,6 +18,9 @@ from lightning_qat.conversion.calibrate import uncalibrated
 from lightning_qat.conversion.checkpoint import CHECKPOINT_KEY
 from lightning_qat.conversion.prepare import convert, prepared_state, quantizers, refresh_scales, report_of
 from lightning_qat.conversion.report import ConversionReport
+from lightning_qat.conversion.sharding import is_sharded
+from lightning_qat.conversion.state import reading_latents
+from lightning_qat.conversion.view import is_view, latent, mark_stale, view_names
 from lightning_qat.quantization import recipes
 from lightning_qat.quantization.recipe import Recipe
 
@@ -71,6 +77,10 @@ class QATCallback(pl.Callback, ModuleHooks):
             _check_launcher(trainer, pl_module)
         attach(pl_module)
         self.layers_created(pl_module)
+
+    @override
+    def creating_layers(self, pl_module: "pl.LightningModule") -> AbstractContextManager[Any]:
+        return _following_weights(pl_module)
 
     @override
     def layers_created(self, pl_module: "pl.LightningModule") -> None:
@@ -171,6 +181,24 @@ class QATCallback(pl.Callback, ModuleHooks):
                     f"{name} is listed before QATCallback, so that it would average a model without quantizers; "
                     f"list QATCallback before {name}"
                 )
+
+
+@contextmanager
+def _following_weights(model: nn.Module) -> Iterator[None]:
+    """Let the user's code inside initialize prepared weights; their scales are then found anew."""
+    before = {module: _fingerprint(module) for module in model.modules() if is_view(module)}
+    with reading_latents(model):
+        yield
+    for module, fingerprint in before.items():
+        if _fingerprint(module) != fingerprint:
+            mark_stale(module)
+
+
+def _fingerprint(module: nn.Module) -> list[tuple[float, float]]:
+    """Return what changes with the latent weights of a layer, also where they are written through ``.data``."""
+    weights = [latent(module, name).detach() for name in view_names(module)]
+    here = [weight for weight in weights if not weight.is_meta and not is_sharded(weight)]
+    return [(float(w.sum(dtype=torch.float64)), float(vector_norm(w, dtype=torch.float64))) for w in here]
 
 
 def _listed(head: str, lines: tuple[str, ...]) -> str:

@@ -1,12 +1,21 @@
 """What a prepared model remembers and holds, by dotted name."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, final
 
 from torch import nn
 
-from lightning_qat.conversion.view import TRANSFORMS, find_scale, latent, view_names, weight_quantizer
+from lightning_qat.conversion.view import (
+    _READS_LATENT,
+    TRANSFORMS,
+    find_scale,
+    is_view,
+    latent,
+    view_names,
+    weight_quantizer,
+)
 from lightning_qat.quantization.quantizer import FakeQuantizer
 from lightning_qat.quantization.recipe import Recipe
 
@@ -79,3 +88,19 @@ def refresh_scales(model: nn.Module) -> None:
 def refresh_after_load(module: nn.Module, incompatible_keys: Any) -> None:
     """Post-hook of ``load_state_dict``; a module-level function, so that models pickle."""
     refresh_scales(module)
+
+
+@contextmanager
+def reading_latents(model: nn.Module) -> Iterator[None]:
+    """Let prepared weights read as the Parameters that they are, inside: to initialize them, or to collect them.
+
+    What computes inside computes in float. Scales do not follow by themselves; :func:`mark_stale` asks for that.
+    """
+    views = [module for module in model.modules() if is_view(module) and _READS_LATENT not in vars(module)]
+    try:
+        for module in views:
+            vars(module)[_READS_LATENT] = True
+        yield
+    finally:
+        for module in views:
+            vars(module).pop(_READS_LATENT, None)
