@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Final, final
 
@@ -118,106 +119,26 @@ def _draw_quality(axis: Axes, measurements: Mapping[str, Measurement], metric: s
 def _draw_size(axis: Axes, measurements: Mapping[str, Measurement]) -> None:
     kilobytes = [measurement.num_bytes / 1000 for measurement in measurements.values()]
     bars = axis.barh(range(len(kilobytes)), kilobytes, height=0.6, color=[COLORS[key] for key in measurements])
-    texts = [f"{m.num_bytes / 1000:,.0f} kB, {m.bits_per_weight:.1f} bits per weight" for m in measurements.values()]
-    inside = [value > 0.5 * max(kilobytes) for value in kilobytes]
-    for bar, text, is_inside in zip(bars, texts, inside, strict=True):
-        axis.annotate(text, (bar.get_width(), bar.get_y() + bar.get_height() / 2), (-6 if is_inside else 6, 0),
-                      textcoords="offset points", ha="right" if is_inside else "left", va="center", fontsize=9,
-                      color="white" if is_inside else INK)  # fmt: skip
-    _label_rows(axis, measurements)
-    _head(axis, "size in kB")
+    names = [f"{text}\n{', '.join(same)}" for text, same in labels.items()]
+    texts = ["\n\n" * low + name for name, low in zip(names, lowered, strict=True)]
+    axis.set_xticks(ticks, texts)
+    axis.minorticks_off()
+    axis.set_xlim(min(ticks) / 2 ** (0.08 * span), max(ticks) * 2 ** (0.08 * span))
+    axis.set_xlabel("bits per weight of the whole model, scales and float parts included", color=INK)
 
 
-def _label_rows(axis: Axes, measurements: Mapping[str, Measurement]) -> None:
-    axis.set_yticks(range(len(measurements)), [TITLES[key] for key in measurements])
-    axis.set_ylim(len(measurements) - 0.5, -0.7)
-    _bare(axis)
-
-
-def _draw_weight(axis: Axes, view: WeightView, key: str) -> None:
-    levels, counts = np.unique(view.levels, return_counts=True)
-    low, high = levels.min() - 0.75, levels.max() + 0.75
-    bins = np.linspace(low, high, min(120, 24 * len(levels)) + 1)
-    inside, _ = np.histogram(view.latent, bins=bins)
-    axis.bar(bins[:-1], inside, width=np.diff(bins), align="edge", color=COLORS[key], alpha=0.6, linewidth=0)
-    top = 1.15 * inside.max()
-    axis.vlines(levels, 0, top, color=INK, linewidth=0.8, linestyle=":")
-    if len(levels) <= 8:
-        for level, count in zip(levels, counts, strict=True):
-            axis.annotate(f"{100 * count / counts.sum():.0f} %", (level, top), (0, 3), textcoords="offset points",
-                          ha="center", fontsize=9, color=INK)  # fmt: skip
-    axis.set_xlim(low, high)
-    axis.set_ylim(0, top)
-    axis.set_xticks(levels)
-    axis.set_yticks([])
-    _bare(axis)
-
-
-@final
-@dataclass(frozen=True)
-class SweepPoint:
-    """A configuration of a sweep, over all its seeds.
-
-    Args:
-        label: what distinguishes it.
-        bits: per weight, of the quantized model.
-        values: of the metric, by the keys of `lightning_qat.cli.results.TITLES`; one entry per seed.
-    """
-
-    label: str
-    bits: float
-    values: Mapping[str, Sequence[float]]
-
-
-def sweep_figure(title: str, points: Sequence[SweepPoint], metric: str, direction: str) -> Figure:
-    """Return the picture of a sweep: quality against bits per weight, after training and by training.
-
-    Args:
-        title: above the picture.
-        points: at least one.
-        metric: name of the metric.
-        direction: ``"max"`` or ``"min"``, which is better.
-    """
-    figure = Figure(figsize=(8, 4.8), layout="constrained")
-    axis = figure.subplots()
-    ordered = sorted(points, key=lambda point: point.bits)
-    floats = [value for point in ordered for value in point.values["float"]]
-    axis.axhline(float(np.mean(floats)), color=COLORS["float"], linestyle="--", linewidth=1.5, label="float")
-    for key in ("post_training", "qat"):
-        bits = [point.bits for point in ordered]
-        means = [float(np.mean(point.values[key])) for point in ordered]
-        axis.plot(bits, means, "o-", color=COLORS[key], linewidth=2, markersize=7, label=TITLES[key])
-        for point in ordered:
-            axis.scatter([point.bits] * len(point.values[key]), point.values[key], s=12, color=COLORS[key], alpha=0.6)
-    _draw_labels(axis, ordered, direction)
-    _draw_bits_axis(axis, ordered)
+def _draw_value_axis(axis: Axes, points: Sequence[SweepPoint], metric: str, direction: str) -> None:
+    values = [value for point in points for same in point.values.values() for value in same]
+    low, high = min(values), max(values)
+    margin = max(0.08 * (high - low), 0.005 * max(map(abs, values)), 1e-6)
+    axis.set_ylim(low - margin, high + margin)
+    if direction == "min" and 0 < 10 * low < high:  # quantization after training can be off by orders of magnitude
+        axis.set_yscale("log")
+        axis.set_ylim(low / 1.2, high * 1.2)
+    axis.yaxis.set_major_formatter(lambda value, _: format_metric(metric, value))
     better = "higher" if direction == "max" else "lower"
     axis.set_ylabel(f"{metric_title(metric)} on the test data ({better} is better)", color=INK)
-    axis.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK)
     axis.grid(axis="y", linewidth=0.5, alpha=0.4)
-    axis.legend(frameon=False, loc="lower right" if direction == "max" else "upper right")
-    _bare(axis)
-    return figure
-
-
-def _draw_labels(axis: Axes, points: Sequence[SweepPoint], direction: str) -> None:
-    """Write each label on the better side of its QAT point."""
-    for index, point in enumerate(points):
-        above = direction == "max"
-        offset = 10 + 11 * (index % 2)  # neighbors at nearly the same bits do not overlap
-        axis.annotate(point.label, (point.bits, float(np.mean(point.values["qat"]))), (0, offset if above else -offset),
-                      textcoords="offset points", ha="center", va="bottom" if above else "top", fontsize=9,
-                      color=INK)  # fmt: skip
-
-
-def _draw_bits_axis(axis: Axes, points: Sequence[SweepPoint]) -> None:
-    axis.set_xscale("log", base=2)
-    low, high = points[0].bits, points[-1].bits
-    ticks = [tick for tick in (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 32) if 0.8 * low <= tick <= 1.25 * high]
-    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    axis.minorticks_off()
-    axis.set_xlim(0.82 * low, 1.22 * high)
-    axis.set_xlabel("bits per weight of the whole model, scales and float parts included", color=INK)
 
 
 def save_figure(figure: Figure, path: Path) -> None:

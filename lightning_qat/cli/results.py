@@ -1,9 +1,10 @@
 """What a run found: measurements, their table, and metrics.json."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any, Final, final
 
 from rich.table import Table
@@ -13,6 +14,10 @@ from lightning_qat.conversion import codes
 
 TITLES: Final = {"float": "float", "post_training": "post-training", "qat": "QAT"}
 """The three models that a run compares, in order, and what tables and plots call them."""
+
+
+SHARES: Final = ("accuracy", "exact_match")
+"""Metrics in 0 .. 1 that people read in percent."""
 
 
 @final
@@ -85,9 +90,23 @@ def format_metric(name: str, value: float) -> str:
         >>> format_metric("accuracy", 0.97214), format_metric("loss", 0.09876), format_metric("perplexity", 7.12345)
         ('97.21 %', '0.0988', '7.123')
     """
-    if name in ("accuracy", "exact_match"):
+    if name in SHARES:
         return f"{100 * value:.2f} %"
     return f"{value:.4f}" if abs(value) < 1 else f"{value:.4g}"
+
+
+def format_spread(name: str, values: Sequence[float]) -> str:
+    """Return the mean and, over several values, their standard deviation.
+
+    Example:
+        >>> format_spread("accuracy", [0.96, 0.98]), format_spread("loss", [0.5]), format_spread("loss", [1.5, 1.7])
+        ('97.00 ± 1.41 %', '0.5000', '1.6 ± 0.14')
+    """
+    text = format_metric(name, mean(values))
+    if len(values) == 1:
+        return text
+    spread = stdev(values)
+    return f"{100 * mean(values):.2f} ± {100 * spread:.2f} %" if name in SHARES else f"{text} ± {spread:.2g}"
 
 
 def metric_title(name: str) -> str:

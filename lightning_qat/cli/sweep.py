@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_qat.cli.plots import SweepPoint, save_figure, sweep_figure
-from lightning_qat.cli.results import TITLES, format_metric, metric_title, shown_metrics
+from lightning_qat.cli.results import TITLES, format_spread, metric_title, shown_metrics
 
 METRICS_FILE: Final = "metrics.json"
 
@@ -66,23 +66,14 @@ def sweep_rows(jobs: Sequence[Mapping[str, Any]]) -> list[SweepRow]:
     return [SweepRow(label, same) for label, same in rows.items()]
 
 
-def sweep_columns(metric: str) -> list[str]:
-    """Return the headings of the table."""
-    models = [f"{metric_title(metric)}, {title}" for title in TITLES.values()]
-    return ["run", "seeds", "bits per weight", "size in bytes", *models]
+COLUMNS: Final = ("run", "seeds", "bits per weight", "size in bytes", *TITLES.values())
 
 
 def sweep_cells(row: SweepRow, metric: str) -> list[str]:
-    """Return a line of the table; over several seeds the mean, and in brackets the range."""
+    """Return a line of the table; over several seeds the mean and the standard deviation."""
     cells = [row.label, str(len(row.jobs)), f"{mean(row.values('qat', 'bits_per_weight')):.2f}"]
     cells.append(f"{round(mean(row.values('qat', 'num_bytes'))):,}")
-    for model in TITLES:
-        values = row.values(model, metric)
-        text = format_metric(metric, mean(values))
-        if len(values) > 1:
-            text += f" ({format_metric(metric, min(values))} to {format_metric(metric, max(values))})"
-        cells.append(text)
-    return cells
+    return cells + [format_spread(metric, row.values(model, metric)) for model in TITLES]
 
 
 def write_report(folder: Path, order: Mapping[str, str], console: Console) -> list[Path]:
@@ -119,16 +110,16 @@ def write_report(folder: Path, order: Mapping[str, str], console: Console) -> li
 
 
 def _write_table(path: Path, rows: Sequence[SweepRow], metric: str, data: str, console: Console) -> None:
-    table = Table(title=f"Sweep, {data}", title_justify="left", title_style="bold")
-    columns = sweep_columns(metric)
-    for index, column in enumerate(columns):
+    title = f"Sweep, {data}: {metric_title(metric)} on the test data"
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for index, column in enumerate(COLUMNS):
         table.add_column(column, justify="left" if index == 0 else "right")
     lines = [sweep_cells(row, metric) for row in rows]
     for cells in lines:
         table.add_row(*cells)
-    rule = [":--", *["--:"] * (len(columns) - 1)]
-    text = "\n".join(f"| {' | '.join(cells)} |" for cells in (columns, rule, *lines))
-    path.write_text(text + "\n", encoding="utf-8")
+    rule = [":--", *["--:"] * (len(COLUMNS) - 1)]
+    text = "\n".join(f"| {' | '.join(cells)} |" for cells in (COLUMNS, rule, *lines))
+    path.write_text(f"{title}\n\n{text}\n", encoding="utf-8")
     console.print(table)
 
 

@@ -36,7 +36,7 @@ def test_seeds_make_one_row(tmp_path: Path) -> None:
     assert [row.label for row in rows] == ["int4", "int2"]
     cells = sweep_cells(rows[0], "accuracy")
     assert cells[:3] == ["int4", "2", "4.50"]
-    assert cells[-1] == "91.00 % (90.00 % to 92.00 %)"
+    assert cells[-1] == "91.00 ± 1.41 %"
 
 
 def test_other_overrides_are_named(tmp_path: Path) -> None:
@@ -56,8 +56,9 @@ def test_report(tmp_path: Path) -> None:
     assert all(path.stat().st_size for path in written)
     assert "90.00 %" in capture.get()
     lines = written[0].read_text().splitlines()
-    assert lines[1] == "| :-- | --: | --: | --: | --: | --: | --: |"
-    assert lines[2] == "| int4 | 1 | 4.50 | 1,000 | 99.00 % | 10.00 % | 90.00 % |"
+    assert lines[0] == "Sweep, digits: accuracy on the test data"
+    assert lines[3] == "| :-- | --: | --: | --: | --: | --: | --: |"
+    assert lines[4] == "| int4 | 1 | 4.50 | 1,000 | 99.00 % | 10.00 % | 90.00 % |"
 
 
 def test_no_results(tmp_path: Path) -> None:

@@ -162,6 +162,6 @@ def test_sweep_from_the_console(tmp_path: Path) -> None:
     assert jobs[0]["float"] == jobs[1]["float"]
     assert (folder / "results.png").stat().st_size > 10_000
     table = (folder / "results.md").read_text().splitlines()
-    assert [line.split("|")[1].strip() for line in table[2:]] == ["int8", "ternary"]
+    assert [line.split("|")[1].strip() for line in table[4:]] == ["int8", "ternary"]
     assert "Sweep, digits" in result.stdout
     assert "Warning" not in result.stderr, result.stderr
