@@ -1,5 +1,6 @@
 """QATCallback: one line that makes a LightningModule train quantized."""
 
+import itertools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Final, final
@@ -13,9 +14,16 @@ from typing_extensions import override
 
 from lightning_qat.callbacks.attachment import ModuleHooks, attach, averaged_models, callbacks_of, detach
 from lightning_qat.callbacks.differences import differences
-from lightning_qat.callbacks.optimizers import align_rates, check_groups, followers, separate_scales, unwatch
+from lightning_qat.callbacks.optimizers import (
+    align_rates,
+    check_groups,
+    followers,
+    quantizer_parameters,
+    separate_scales,
+    unwatch,
+)
 from lightning_qat.conversion.calibrate import uncalibrated
-from lightning_qat.conversion.checkpoint import CHECKPOINT_KEY
+from lightning_qat.conversion.checkpoint import CHECKPOINT_KEY, is_quantizer_key
 from lightning_qat.conversion.prepare import convert, prepared_state, quantizers, refresh_scales, report_of
 from lightning_qat.conversion.report import ConversionReport
 from lightning_qat.conversion.sharding import is_sharded
@@ -106,6 +114,7 @@ class QATCallback(pl.Callback, ModuleHooks):
 
     @override
     def loading_checkpoint(self, pl_module: "pl.LightningModule", checkpoint: dict[str, Any]) -> None:
+        _check_resumable(pl_module, checkpoint)
         stored, state = checkpoint.get(CHECKPOINT_KEY), prepared_state(pl_module)
         if stored is None or state is None:
             return
@@ -173,8 +182,7 @@ class QATCallback(pl.Callback, ModuleHooks):
     def _check_order(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         if quantizers(pl_module):
             return
-        callbacks = callbacks_of(trainer)
-        for callback in callbacks[: callbacks.index(self)]:
+        for callback in itertools.takewhile(lambda callback: callback is not self, callbacks_of(trainer)):
             name = type(callback).__name__
             if any(kind.__name__ in _AVERAGING for kind in type(callback).__mro__):
                 raise ValueError(
@@ -226,6 +234,17 @@ def _check_launcher(trainer: "pl.Trainer", pl_module: nn.Module) -> None:
         "model that is not prepared, which would lose all scales. Call prepare(model, recipe) before "
         'trainer.fit(model), or choose strategy="ddp"'
     )
+
+
+def _check_resumable(pl_module: "pl.LightningModule", checkpoint: dict[str, Any]) -> None:
+    is_float = not any(is_quantizer_key(key) for key in checkpoint.get("state_dict", ()))
+    fitting = getattr(pl_module._trainer, "state", None) is not None and pl_module.trainer.state.fn == "fit"
+    if is_float and fitting and quantizer_parameters(pl_module):
+        raise ValueError(
+            "QATCallback: ckpt_path is a checkpoint of a float run, whose optimizer knows no scales, so that training "
+            "cannot go on from it. Load its weights, load_checkpoint(model, path), and call trainer.fit(model) without "
+            "ckpt_path"
+        )
 
 
 def _check_calibrated(trainer: "pl.Trainer", pl_module: nn.Module) -> None:
