@@ -119,9 +119,101 @@ def _draw_quality(axis: Axes, measurements: Mapping[str, Measurement], metric: s
 def _draw_size(axis: Axes, measurements: Mapping[str, Measurement]) -> None:
     kilobytes = [measurement.num_bytes / 1000 for measurement in measurements.values()]
     bars = axis.barh(range(len(kilobytes)), kilobytes, height=0.6, color=[COLORS[key] for key in measurements])
+    texts = [f"{m.num_bytes / 1000:,.0f} kB, {m.bits_per_weight:.1f} bits per weight" for m in measurements.values()]
+    inside = [value > 0.5 * max(kilobytes) for value in kilobytes]
+    for bar, text, is_inside in zip(bars, texts, inside, strict=True):
+        axis.annotate(text, (bar.get_width(), bar.get_y() + bar.get_height() / 2), (-6 if is_inside else 6, 0),
+                      textcoords="offset points", ha="right" if is_inside else "left", va="center", fontsize=9,
+                      color="white" if is_inside else INK)  # fmt: skip
+    _label_rows(axis, measurements)
+    _head(axis, "size in kB")
+
+
+def _label_rows(axis: Axes, measurements: Mapping[str, Measurement]) -> None:
+    axis.set_yticks(range(len(measurements)), [TITLES[key] for key in measurements])
+    axis.set_ylim(len(measurements) - 0.5, -0.7)
+    _bare(axis)
+
+
+def _draw_weight(axis: Axes, view: WeightView, key: str) -> None:
+    levels, counts = np.unique(view.levels, return_counts=True)
+    low, high = levels.min() - 0.75, levels.max() + 0.75
+    bins = np.linspace(low, high, min(120, 24 * len(levels)) + 1)
+    inside, _ = np.histogram(view.latent, bins=bins)
+    axis.bar(bins[:-1], inside, width=np.diff(bins), align="edge", color=COLORS[key], alpha=0.6, linewidth=0)
+    top = 1.15 * inside.max()
+    axis.vlines(levels, 0, top, color=INK, linewidth=0.8, linestyle=":")
+    if len(levels) <= 8:
+        for level, count in zip(levels, counts, strict=True):
+            axis.annotate(f"{100 * count / counts.sum():.0f} %", (level, top), (0, 3), textcoords="offset points",
+                          ha="center", fontsize=9, color=INK)  # fmt: skip
+    axis.set_xlim(low, high)
+    axis.set_ylim(0, top)
+    axis.set_xticks(levels)
+    axis.set_yticks([])
+    _bare(axis)
+
+
+@final
+@dataclass(frozen=True)
+class SweepPoint:
+    """A configuration of a sweep, over all its seeds.
+
+    Args:
+        label: what distinguishes it.
+        bits: per weight, of the quantized model.
+        values: of the metric, by the keys of `lightning_qat.cli.results.TITLES`; one entry per seed.
+    """
+
+    label: str
+    bits: float
+    values: Mapping[str, Sequence[float]]
+
+
+def sweep_figure(title: str, points: Sequence[SweepPoint], metric: str, direction: str) -> Figure:
+    """Return the picture of a sweep: quality against bits per weight, after training and by training.
+
+    Args:
+        title: above the picture.
+        points: at least one.
+        metric: name of the metric.
+        direction: ``"max"`` or ``"min"``, which is better.
+    """
+    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    axis = figure.subplots()
+    ordered = sorted(points, key=lambda point: point.bits)
+    floats = [value for point in ordered for value in point.values["float"]]
+    axis.axhline(float(np.mean(floats)), color=COLORS["float"], linestyle="--", linewidth=1.5, label="float")
+    for key in ("post_training", "qat"):
+        bits = [point.bits for point in ordered]
+        means = [float(np.mean(point.values[key])) for point in ordered]
+        axis.plot(bits, means, "o-", color=COLORS[key], linewidth=2, markersize=7, label=TITLES[key])
+        for point in ordered:
+            axis.scatter([point.bits] * len(point.values[key]), point.values[key], s=12, color=COLORS[key], alpha=0.6)
+    _draw_bits_axis(axis, ordered)
+    _draw_value_axis(axis, ordered, metric, direction)
+    axis.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK)
+    axis.legend(frameon=False, loc="lower right" if direction == "max" else "upper right")
+    _bare(axis)
+    return figure
+
+
+def _draw_bits_axis(axis: Axes, points: Sequence[SweepPoint]) -> None:
+    """Write name and bits below each point; neighbors that would overlap alternate between two heights."""
+    labels: dict[str, list[str]] = {}
+    places: dict[str, float] = {}
+    for point in points:
+        text = f"{point.bits:.1f} bits"
+        labels.setdefault(text, []).append(point.label)
+        places.setdefault(text, point.bits)
+    ticks = list(places.values())
+    span = np.log2(max(ticks) / min(ticks)) or 1.0
+    lowered = [False]
+    for left, right in pairwise(ticks):
+        lowered.append(bool(np.log2(right / left) < 0.12 * span) and not lowered[-1])
     names = [f"{text}\n{', '.join(same)}" for text, same in labels.items()]
-    texts = ["\n\n" * low + name for name, low in zip(names, lowered, strict=True)]
-    axis.set_xticks(ticks, texts)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(ticks, ["\n\n" * low + name for name, low in zip(names, lowered, strict=True)])
     axis.minorticks_off()
     axis.set_xlim(min(ticks) / 2 ** (0.08 * span), max(ticks) * 2 ** (0.08 * span))
     axis.set_xlabel("bits per weight of the whole model, scales and float parts included", color=INK)
