@@ -11,11 +11,11 @@ import lightning as L
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 
 from lightning_qat.cli.build import build
 from lightning_qat.cli.errors import nearest, one_message
 from lightning_qat.cli.quiet import without_hints
+from lightning_qat.cli.results import wide_console
 from lightning_qat.cli.stages import run_batch
 from lightning_qat.conversion import load_checkpoint
 from lightning_qat.export import ExportReport, export, formats
@@ -151,7 +151,7 @@ def main() -> None:
         print(USAGE.format(formats=", ".join(formats())), end="")
         sys.exit(0 if arguments else 2)
     with one_message("lightning-qat-export"), without_hints():
-        Console(soft_wrap=True).print(str(export_checkpoint(Path(arguments[0]), arguments[1:])), highlight=False)
+        wide_console().print(str(export_checkpoint(Path(arguments[0]), arguments[1:])), highlight=False)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
 """What a run found: measurements, their table, and metrics.json."""
 
 import json
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Final, final
 
+from rich.console import Console
 from rich.table import Table
 from torch import nn
 
@@ -127,7 +130,8 @@ def results_table(title: str, measurements: Mapping[str, Measurement], order: Ma
         measurements: by the keys of `TITLES`.
         order: ``report.metrics``.
     """
-    table = Table(title=title, title_justify="left", title_style="bold")
+    caption = "QAT continues from the float weights; what it gains over float is partly this longer training."
+    table = Table(title=title, title_justify="left", title_style="bold", caption=caption, caption_justify="left")
     table.add_column("model")
     names = shown_metrics(order, next(iter(measurements.values())).metrics)
     for name in [*map(metric_title, names), "size in bytes", "bits per weight"]:
@@ -136,6 +140,12 @@ def results_table(title: str, measurements: Mapping[str, Measurement], order: Ma
         values = [format_metric(name, measurement.metrics[name]) for name in names]
         table.add_row(TITLES[key], *values, f"{measurement.num_bytes:,}", f"{measurement.bits_per_weight:.2f}")
     return table
+
+
+def wide_console() -> Console:
+    """Return a console for standard output: as wide as the terminal, or wide enough for our tables without one."""
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120
+    return Console(soft_wrap=True, width=width)
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_qat.cli.plots import SweepPoint, save_figure, sweep_figure
-from lightning_qat.cli.results import TITLES, format_spread, metric_title, shown_metrics
+from lightning_qat.cli.results import TITLES, format_spread, metric_title, shown_metrics, wide_console
 
 METRICS_FILE: Final = "metrics.json"
 
@@ -129,7 +129,7 @@ class SweepReport(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Write the report into the directory of the sweep."""
-        console = Console(soft_wrap=True)
+        console = wide_console()
         folder = Path(config.hydra.sweep.dir)
         written = write_report(folder, config.report.metrics, console)
         if written:

@@ -15,7 +15,7 @@ from lightning_qat.cli.build import QAT, build_evaluator, stage_config
 from lightning_qat.cli.errors import one_message
 from lightning_qat.cli.plots import largest_weight, run_figure, save_figure, weight_view
 from lightning_qat.cli.quiet import without_hints
-from lightning_qat.cli.results import results_table, shown_metrics, write_json
+from lightning_qat.cli.results import results_table, shown_metrics, wide_console, write_json
 from lightning_qat.cli.stages import (
     bake_and_compare,
     evaluate,
@@ -53,7 +53,7 @@ def train(cfg: DictConfig, *, float_cache: Path | None = None) -> tuple[dict[str
     folder = Path(cfg.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
-    console, start = Console(soft_wrap=True), time.monotonic()
+    console, start = wide_console(), time.monotonic()
     with without_hints():
         objects = _run_stages(cfg, float_cache, console)
         objects["export"] = _export(cfg, objects, folder)

@@ -87,6 +87,17 @@ def test_float_checkpoint_replaces_training(
     assert without_time(again) == without_time(first)
 
 
+def test_quantized_training_resumes(compose_job: Compose, tmp_path: Path) -> None:
+    keeps = (*FAST, "callbacks.progress_bar=null", "float.callbacks=[checkpoint]", "logger=none")
+    first, _ = train(compose_job(*keeps))
+    checkpoints = tmp_path / "run" / "checkpoints"
+    paths = (f"float.checkpoint={checkpoints / 'float.ckpt'}", f"qat.checkpoint={checkpoints / 'qat.ckpt'}")
+    again, objects = train(compose_job(*FAST, *QUIET, *paths, folder="again"))
+    assert again["qat"] == first["qat"], "nothing was left to train"
+    _, objects = train(compose_job(*FAST, *QUIET, *paths, "qat.trainer.max_epochs=2", folder="longer"))
+    assert (objects["trainer"].current_epoch, objects["trainer"].global_step) == (2, 4)
+
+
 def count_fits(monkeypatch: pytest.MonkeyPatch) -> list[L.LightningModule]:
     """Gathers the models that are trained from now on."""
     fitted: list[L.LightningModule] = []
