@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lightning_qat.conversion.baked_input import BAKED_ARGUMENTS, BAKED_INPUT, BakedInput, apply_baked_input
+from lightning_qat.conversion.baked_linear import integer_dtypes, multiply_integers
 from lightning_qat.conversion.inputs import ARGUMENTS, quantize_inputs
 from lightning_qat.conversion.nested import keep_padded
 from lightning_qat.conversion.sharding import is_sharded
@@ -82,6 +83,8 @@ def bake(model: _Module) -> _Module:
     Raises:
         ValueError: if the model is not prepared, is sharded, or an input scale was never calibrated.
     """
+    if any(CODES in vars(module) or BAKED_INPUT in module._modules for module in model.modules()):
+        raise ValueError(f"{type(model).__name__} is baked already")
     if not any(is_view(module) or ARGUMENTS in vars(module) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} is not prepared; call prepare(model, recipe) before bake()")
     for name, module in model.named_modules():
@@ -94,6 +97,7 @@ def bake(model: _Module) -> _Module:
     _drop_graphs(model)
     baked = copy.deepcopy(model)
     values = _quantized_values(baked)
+    on_integers = {module: dtypes for module, *_ in values if (dtypes := integer_dtypes(module))}
     for module in baked.modules():
         _bake_input(module)
     unprepare(baked)
@@ -101,6 +105,8 @@ def bake(model: _Module) -> _Module:
         make_plain(module, slot)
         module.register_parameter(slot, value)
         vars(module).setdefault(CODES, {})[slot] = tensor
+        if module in on_integers:
+            multiply_integers(module, tensor, on_integers[module])
     keep_padded(baked)
     return baked
 

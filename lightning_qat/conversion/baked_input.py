@@ -5,6 +5,7 @@ from typing import Any, Final, final
 import torch
 from torch import Tensor, nn
 
+from lightning_qat.conversion.fused import product_dtype
 from lightning_qat.conversion.inputs import on_inputs
 from lightning_qat.functional.fake_quantize import dequantize, narrow, positive_scale, quantize
 from lightning_qat.functional.scaling import Sample
@@ -15,6 +16,9 @@ BAKED_INPUT: Final = "baked_input"
 """Name of the child that a baked layer with a quantized input has."""
 BAKED_ARGUMENTS: Final = "_baked_arguments"
 """Where such a layer keeps the names of the forward's leading arguments that make up the input."""
+
+INTEGER_DTYPES: Final = "_integer_dtypes"
+"""Where a layer that multiplies integers keeps the dtypes of the products that they replace."""
 
 
 @final
@@ -50,15 +54,25 @@ class BakedInput(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the input as the trained layer computes with it."""
+        if self.spec is None:
+            return self._transformed(x)
+        levels, scale, zero_point = self.levels(x)
+        values = narrow(dequantize(levels, scale, zero_point), x.dtype)
+        return self.spec.granularity.ungroup(values, tuple(x.shape), self.layout)
+
+    def _transformed(self, x: Tensor) -> Tensor:
         for transform in self.transforms:
             x = transform.input(x)  # type: ignore[operator]
-        if self.spec is None:
-            return x
+        return x
+
+    def levels(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the levels of a quantized input, grouped, with their scale and zero point."""
+        assert self.spec is not None  # noqa: S101 - asked of quantized inputs only
+        x = self._transformed(x)
         grouped = self.spec.granularity.group(x, self.layout)
         scale, zero_point = self._scale(grouped)
         levels = quantize(grouped, scale, zero_point, lo=self.lo, hi=self.hi, rounding=self.grid)
-        values = narrow(dequantize(levels, scale, zero_point), x.dtype)
-        return self.spec.granularity.ungroup(values, tuple(x.shape), self.layout)
+        return levels, scale, zero_point
 
     def _scale(self, grouped: Tensor) -> tuple[Tensor, Tensor | None]:
         assert self.spec is not None  # noqa: S101 - forward() looked
@@ -78,5 +92,20 @@ class BakedInput(nn.Module):
 
 def apply_baked_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Forward pre-hook of baked layers with quantized inputs; a module-level function, so that models pickle."""
+    first = args[0] if args else kwargs.get("input")
+    if isinstance(first, Tensor) and integer_dtype(module, first) is not None:
+        return args, kwargs  # the forward quantizes its input itself
     baked_input: Any = module._modules[BAKED_INPUT]
     return on_inputs(baked_input, getattr(module, BAKED_ARGUMENTS), args, kwargs)
+
+
+def integer_dtype(module: nn.Module, x: Tensor) -> torch.dtype | None:
+    """Return the dtype of the result where the product of a baked layer with x runs on integers, else None.
+
+    Not while exporting, nor where an exporter has put an input of its own in the place of ours.
+    """
+    if not isinstance(module._modules.get(BAKED_INPUT), BakedInput) or torch.compiler.is_exporting():
+        return None
+    dtypes = vars(module).get(INTEGER_DTYPES, ())
+    dtype = product_dtype(module, x) if dtypes else None
+    return dtype if dtype in dtypes else None

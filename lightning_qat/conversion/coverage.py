@@ -1,7 +1,9 @@
 """report_of(): where every parameter of a prepared model went."""
 
+import torch
 from torch import nn
 
+from lightning_qat.conversion.fused import arithmetic_label
 from lightning_qat.conversion.plan import Decision, Weight, applicable, joined, plan
 from lightning_qat.conversion.report import FLOAT, ONE_DIMENSIONAL, QUANTIZED, UNSUPPORTED, ConversionReport, ReportRow
 from lightning_qat.conversion.rules import rule_problems
@@ -57,6 +59,8 @@ def _how(owner: Weight) -> str:
     if owner.spec is not None:
         parts += [transform.label for transform in applicable(owner)]
         skipped = owner.spec.input is not None or len(applicable(owner)) < len(owner.spec.transforms)
+        arithmetic = arithmetic_label(owner.module)
+        parts += [] if arithmetic is None else [arithmetic]
         parts += ["weight only, its input is out of reach"] if owner.slots.unreachable and skipped else []
     return ", ".join(parts)
 
@@ -66,11 +70,11 @@ def _ties(decision: Decision) -> str:
 
 
 def _other_row(name: str, parameter: nn.Parameter, owner: nn.Module, rule: Rule | None) -> ReportRow:
-    kind, bits = type(owner).__name__, 8.0 * parameter.element_size()
-    match = rule.match if rule else ""
+    kind, bits, match = type(owner).__name__, 8.0 * parameter.element_size(), rule.match if rule else ""
+    if parameter.dim() < 2:
+        return ReportRow(name, kind, parameter.numel(), FLOAT, ONE_DIMENSIONAL, match, bits)
     if rule is not None and rule.spec is None:
         return ReportRow(name, kind, parameter.numel(), FLOAT, f"rule {rule.match!r}", match, bits)
-    if parameter.dim() < 2:
-        return ReportRow(name, kind, parameter.numel(), FLOAT, ONE_DIMENSIONAL, "", bits)
-    reason = obstacle(owner) or f"a parameter of {kind} that is not its weight"
-    return ReportRow(name, kind, parameter.numel(), UNSUPPORTED, reason, match, bits)
+    known = isinstance(owner, nn.RNNBase | torch.jit.ScriptModule)
+    reason = obstacle(owner) if known else f"a parameter of {kind} itself, which no rule can reach"
+    return ReportRow(name, kind, parameter.numel(), UNSUPPORTED, reason or "", match, bits)

@@ -11,10 +11,26 @@ from lightning_qat.conversion.view import INPUT_QUANTIZER, QUANTIZER_SUFFIX, TRA
 ARGUMENTS: Final = "_quantized_arguments"
 """Where a module keeps the names of the forward's leading arguments that are quantized."""
 
+FUSED: Final = "_fused"
+"""Marks views whose forward quantizes the input itself."""
+
 
 def quantize_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Transform and fake-quantize the input tensors of a module. No closure: copies and pickles stay independent."""
+    if in_forward(module):
+        return args, kwargs
     return on_inputs(partial(transform_and_quantize, module), getattr(module, ARGUMENTS), args, kwargs)
+
+
+def in_forward(module: nn.Module) -> bool:
+    """Whether a fused forward quantizes the input, so that nothing is left to the hook.
+
+    Not where a hook of the user's own comes after ours, or where somebody replaced the forward of the module.
+    """
+    hooks = [*module._forward_pre_hooks.values()]
+    return (
+        bool(hooks) and hooks[-1] is quantize_inputs and hasattr(type(module), FUSED) and "forward" not in vars(module)
+    )
 
 
 def on_inputs(

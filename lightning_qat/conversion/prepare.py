@@ -8,7 +8,9 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_qat.conversion.coverage import report_of
+from lightning_qat.conversion.fused import ARITHMETIC, may_run_on_integers
 from lightning_qat.conversion.inputs import ARGUMENTS, quantize_inputs
+from lightning_qat.conversion.nested import keep_padded
 from lightning_qat.conversion.plan import Decision, Weight, applicable, joined, plan
 from lightning_qat.conversion.report import ConversionReport
 from lightning_qat.conversion.sharding import is_sharded
@@ -35,6 +37,7 @@ from lightning_qat.conversion.view import (
     weight_quantizer,
     zero_problem,
 )
+from lightning_qat.functional.integer import measure_integers
 from lightning_qat.quantization.quantizer import FakeQuantizer
 from lightning_qat.quantization.recipe import Recipe, difference
 from lightning_qat.quantization.spec import LayerSpec
@@ -53,7 +56,7 @@ __all__ = [
     "unprepare",
 ]
 _WRAPPERS: Final = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel", "FSDPModule")
-_ARITHMETIC: Final = ("auto", "simulated")
+_ARITHMETIC: Final = ("auto", "simulated", "integer")
 
 
 def prepare(model: nn.Module, recipe: Recipe, *, arithmetic: str = "auto") -> ConversionReport:
@@ -69,7 +72,9 @@ def prepare(model: nn.Module, recipe: Recipe, *, arithmetic: str = "auto") -> Co
     Args:
         model: any module that is not wrapped (DDP, FSDP) yet.
         recipe: which layers get which quantizers.
-        arithmetic: ``"simulated"`` (float products of fake-quantized values) or ``"auto"``.
+        arithmetic: how layers with quantized input multiply. ``"simulated"``: float products of fake-quantized
+            values. ``"integer"``: int8 codes, summed in 32 bits, wherever scales and grids allow it; the report names
+            the layers that do not. ``"auto"``: integers where that is also faster, measured once per device and dtype.
 
     Returns:
         A report that accounts for every parameter. Preparing again by an equal recipe changes nothing, except that
@@ -85,6 +90,7 @@ def prepare(model: nn.Module, recipe: Recipe, *, arithmetic: str = "auto") -> Co
     return report
 
 
+@torch.inference_mode(False)  # scales that are born in it could never train
 def convert(model: nn.Module, recipe: Recipe, *, arithmetic: str = "auto") -> ConversionReport:
     """Do what :func:`prepare` does, but leave rules without effect to the report: layers may still come."""
     _check_arguments(model, recipe, arithmetic)
@@ -92,6 +98,10 @@ def convert(model: nn.Module, recipe: Recipe, *, arithmetic: str = "auto") -> Co
     built = [parts for decision in plan(layers(model), recipe) for parts in _build(decision)]
     for parts in built:
         _attach(parts)
+        setattr(parts.owner.module, ARITHMETIC, arithmetic)
+    if arithmetic == "auto" and any(may_run_on_integers(parts.owner.module) for parts in built):
+        measure_integers()  # here, because nothing can be measured while torch.compile traces
+    keep_padded(model)
     refresh_scales(model)
     remember(model, PreparedState(recipe, arithmetic))
     return report_of(model)

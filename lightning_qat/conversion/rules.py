@@ -51,5 +51,7 @@ def _problem(index: int, rules: tuple[Rule, ...], modules: Mapping[str, nn.Modul
 
 def _similar(match: str, modules: Mapping[str, nn.Module]) -> str:
     names = [name for name, module in modules.items() if name and module._parameters]
+    if not names:
+        return "the model is one layer, whose name is empty: '*' matches it"
     near = difflib.get_close_matches(match.strip("*."), names, n=3, cutoff=0.5)
     return f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {', '.join(names[:8])}"

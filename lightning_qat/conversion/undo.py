@@ -5,7 +5,9 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from lightning_qat.conversion.fused import ARITHMETIC
 from lightning_qat.conversion.inputs import ARGUMENTS, quantize_inputs, remove_hook
+from lightning_qat.conversion.nested import restore_nested
 from lightning_qat.conversion.state import forget, quantizers, refresh_after_load
 from lightning_qat.conversion.view import (
     INPUT_QUANTIZER,
@@ -38,6 +40,8 @@ def unprepare(model: nn.Module) -> nn.Module:
         for key, hook in list(module._load_state_dict_post_hooks.items()):
             if hook is refresh_after_load:
                 del module._load_state_dict_post_hooks[key]
+        vars(module).pop(ARITHMETIC, None)
+        restore_nested(module)
         forget(module)
     return model
 

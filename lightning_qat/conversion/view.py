@@ -128,6 +128,19 @@ def fake_quantized(module: nn.Module, name: str) -> Tensor:
     return result
 
 
+def _fake_quantized_without_gradient(module: nn.Module, name: str) -> Tensor:
+    """Return a weight that looks like a Parameter to torch.
+
+    torch.matmul chooses its kernel by ``requires_grad``, even under no_grad and inference_mode: outputs would differ in
+    the last bit from those of the plain module that holds the same values.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        value = fake_quantized(module, name)
+        parameter = module._parameters.get(name)
+        trains = parameter is None or parameter.requires_grad
+        return value.requires_grad_() if trains and not torch._C._are_functorch_transforms_active() else value
+
+
 def _read(module: nn.Module, name: str, caller: FrameType) -> Tensor:
     reader, function = caller.f_globals.get("__name__", ""), caller.f_code.co_name
     if reader == "torch.nn.utils.parametrize" and function in ("register_parametrization", "remove_parametrizations"):
@@ -144,7 +157,7 @@ def _read(module: nn.Module, name: str, caller: FrameType) -> Tensor:
         if function == "forward":
             refuse_shard(f"{where(module)}.{name}")
         return parameter
-    return fake_quantized(module, name)
+    return fake_quantized(module, name) if torch.is_grad_enabled() else _fake_quantized_without_gradient(module, name)
 
 
 def _before_sharded_training(module: nn.Module, name: str) -> None:
@@ -264,6 +277,9 @@ def view_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]
     known = _VIEWS.get((base, names))
     if known is not None:
         return known
+    from lightning_qat.conversion.fused import fused_forward  # reads weights through this file
+    from lightning_qat.conversion.inputs import FUSED
+
     namespace: dict[str, Any] = {
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
@@ -273,6 +289,9 @@ def view_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]
         "_view_names": names,
         "register_parameter": _register_parameter,
     }
+    fused = fused_forward(base, names)
+    if fused is not None:
+        namespace |= {"forward": fused, FUSED: True}
     for name in names:
         namespace[name] = property(_getter(name), _setter(name), _deleter(name))
     for method in ("reset_parameters", "_reset_parameters"):

@@ -23,6 +23,10 @@ class Rounding(Protocol):
     def half_cell(self) -> float:
         """Half the distance between neighboring levels, in units of the scale."""
 
+    @property
+    def offset(self) -> float:
+        """Shift of the levels against the integers, 0 or 0.5."""
+
     def round_(self, u: Tensor) -> Tensor:
         """Replace u by the nearest level of the unbounded grid."""
 

@@ -20,10 +20,7 @@ def _check_integer(where: str, value: int, largest: int) -> None:
 
 
 class Grid(ABC):
-    """A set of levels. Bounds and level counts are numbers; formulas take bounds as numbers or tensors.
-
-    A grid with ``symmetric=False`` has an integer zero point; all others have none.
-    """
+    """A set of levels, with an integer zero point if ``symmetric`` is False. Formulas take numbers or tensors."""
 
     symmetric: bool = True
     has_zero: ClassVar[bool] = True
@@ -65,7 +62,7 @@ class Grid(ABC):
         return self.round_(u.clone())
 
     def round_(self, u: Tensor) -> Tensor:
-        """Replace u by the nearest level of the unbounded grid."""
+        """Round in place."""
         return round_uniform_(u, self.offset)
 
     def border_distance(self, u: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qat.functional.fake_quantize import (
+    Setting,
     bounded_temperature,
     fake_quantize,
     finish_scale,
@@ -139,14 +140,21 @@ class FakeQuantizer(nn.Module):
             return self._connected(x)
         if self.stale:
             self.find_scale(x)
-        grouped, sample = self._sample(x)
-        step, zero_point = self.step_and_zero_point(sample)
+        grouped, setting = self.setting(x)
         out = fake_quantize(
-            grouped, step, zero_point, lo=self.lo, hi=self.hi, rounding=self.family, rule=self.spec.gradient,
-            learned=self.learned,
-            temperature=None if self.temperature is None else bounded_temperature(self.temperature, *TEMPERATURE_RANGE),
+            grouped, setting.scale, setting.zero_point, lo=setting.lo, hi=setting.hi, rounding=setting.rounding,
+            rule=setting.rule, learned=setting.learned, temperature=setting.temperature,
         )  # fmt: skip
         return self.spec.granularity.ungroup(out, tuple(x.shape), self.layout)
+
+    def setting(self, x: Tensor) -> tuple[Tensor, Setting]:
+        """Return x so shaped that scales broadcast to it, and how it is fake-quantized."""
+        grouped, sample = self._sample(x)
+        step, zero_point = self.step_and_zero_point(sample)
+        temperature = None if self.temperature is None else bounded_temperature(self.temperature, *TEMPERATURE_RANGE)
+        return grouped, Setting(
+            step, zero_point, temperature, self.lo, self.hi, self.family, self.spec.gradient, self.learned
+        )
 
     def _connected(self, x: Tensor) -> Tensor:
         """Keep parameters in the graph while disabled: DDP waits for the gradient of every parameter."""

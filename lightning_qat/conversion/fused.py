@@ -1,0 +1,161 @@
+"""The fused forward of prepared linear layers: the numbers of the view, with little kept for backward.
+
+A view of a module whose ``forward`` is the stock one of ``nn.Linear`` gets :func:`forward` in its place. It quantizes
+the input, too, where ours is the last forward pre-hook; the hook stays registered, but leaves the input to the forward.
+"""
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qat.conversion.inputs import in_forward, transform_and_quantize
+from lightning_qat.conversion.sharding import is_sharded
+from lightning_qat.conversion.view import (
+    INPUT_QUANTIZER,
+    QUANTIZER_SUFFIX,
+    TRANSFORMS,
+    is_view,
+    latent,
+    transformed,
+    weight_quantizer,
+)
+from lightning_qat.functional.fused_linear import fused_linear
+from lightning_qat.functional.integer import MAX_FEATURES, integers_are_exact, integers_pay
+from lightning_qat.quantization.granularity import PerChannel, PerGroup, PerTensor, PerToken
+from lightning_qat.quantization.grid import Grid
+from lightning_qat.quantization.quantizer import FakeQuantizer
+
+ARITHMETIC: Final = "_arithmetic"
+"""Where a prepared module keeps how its products are to be computed: auto, simulated or integer."""
+
+_WORTHWHILE: Final = 1 << 14  # elements of a weight from which on integer products are considered
+
+
+def forward(self: nn.Module, input: Tensor) -> Tensor:
+    """Return what ``nn.Linear.forward`` returns for the quantized weight and input, as one function of autograd."""
+    own_input = in_forward(self)
+    dtype = product_dtype(self, input)
+    if torch.compiler.is_compiling() or dtype is None or not _ready(self, own_input):
+        return _unfused(self, input, own_input)
+    integer = own_input and runs_on_integers(self, input.device.type, dtype)
+    if not integer and (_watched(self) or not torch.is_grad_enabled()):
+        return _unfused(self, input, own_input)
+    return _fused(self, input, dtype, own_input=own_input, integer=integer)
+
+
+def _unfused(module: Any, x: Tensor, own_input: bool) -> Tensor:
+    return nn.Linear.forward(module, transform_and_quantize(module, x) if own_input else x)
+
+
+def _fused(module: Any, x: Tensor, dtype: torch.dtype, *, own_input: bool, integer: bool) -> Tensor:
+    weight, of_weight = weight_quantizer(module, "weight").setting(transformed(module, latent(module, "weight")))
+    if not own_input:
+        return fused_linear(x.to(dtype), weight, module.bias, of_weight)
+    for transform in module._modules.get(TRANSFORMS) or ():
+        x = transform.input(x)
+    quantizer = module._modules.get(INPUT_QUANTIZER)
+    if quantizer is None:
+        return fused_linear(x.to(dtype), weight, module.bias, of_weight)
+    if _watched(module):  # hooks see the values, and the product stays what it is
+        module.weight, quantizer(x)
+    x, of_input = quantizer.setting(x)
+    grouped = isinstance(quantizer.spec.granularity, PerGroup)
+    return fused_linear(
+        x, weight, module.bias, of_weight, of_input, grouped_input=grouped, integer=integer, dtype=dtype
+    )
+
+
+def product_dtype(module: nn.Module, x: Tensor) -> torch.dtype | None:
+    """Return the dtype that the product would have, or None where that is better left to ``nn.Linear``."""
+    weight = module._parameters.get("weight")
+    dtype = x.dtype if weight is None else weight.dtype
+    if torch.float64 not in (x.dtype, dtype) and torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return dtype if x.dtype == dtype and x.is_floating_point() else None
+
+
+def _quantizers(module: nn.Module) -> list[FakeQuantizer]:
+    present = module._modules.get("weight" + QUANTIZER_SUFFIX), module._modules.get(INPUT_QUANTIZER)
+    return [quantizer for quantizer in present if isinstance(quantizer, FakeQuantizer)]
+
+
+def _ready(module: nn.Module, own_input: bool) -> bool:
+    """Whether the quantizers do nothing else than quantize, and the weight is all there."""
+    parameter = module._parameters.get("weight")
+    if parameter is not None and is_sharded(parameter):
+        return False
+    return all(
+        quantizer.enabled and quantizer.observer is None and not quantizer.stale
+        for quantizer in _quantizers(module)
+        if own_input or not quantizer.layout.is_input
+    )
+
+
+def _watched(module: nn.Module) -> bool:
+    """Whether hooks wait for what a quantizer returns."""
+    return any(quantizer._forward_hooks or quantizer._forward_pre_hooks for quantizer in _quantizers(module))
+
+
+def runs_on_integers(module: nn.Module, device: str, dtype: torch.dtype) -> bool:
+    """Whether the products of a prepared layer are computed on integers.
+
+    Args:
+        module: a view with a fused forward.
+        device: type of the device, such as ``"cpu"``.
+        dtype: dtype of the product otherwise.
+    """
+    arithmetic = vars(module).get(ARITHMETIC, "simulated")
+    if arithmetic == "simulated" or float_reason(module) is not None:
+        return False
+    if arithmetic == "integer":
+        return integers_are_exact(device)
+    return may_run_on_integers(module) and integers_pay(device, dtype)
+
+
+def may_run_on_integers(module: nn.Module) -> bool:
+    """Whether integer products are possible in a layer, and the layer is large enough for them to pay."""
+    return float_reason(module) is None and latent(module, "weight").numel() >= _WORTHWHILE
+
+
+def float_reason(module: nn.Module) -> str | None:
+    """Return why the products of a layer cannot run on integers, or None."""
+    quantizer: Any = module._modules.get(INPUT_QUANTIZER)
+    if quantizer is None or not is_view(module):
+        return "only one of weight and input is quantized"
+    if not in_forward(module):
+        return "the layer computes in a forward of its own, or another hook follows ours"
+    weight = weight_quantizer(module, "weight")
+    if not (weight.grid.symmetric and quantizer.grid.symmetric):
+        return "a zero point"
+    if not isinstance(weight.spec.granularity, PerTensor | PerChannel):
+        return "scales of the weight per group"
+    if not isinstance(quantizer.spec.granularity, PerTensor | PerToken):
+        return "scales of the input per group"
+    if quantizer.grid.offset or not fits_int8(weight.grid):
+        return "levels that are no 8-bit integers"
+    wide = latent(module, "weight").shape[-1] >= MAX_FEATURES
+    return "sums that could exceed 32 bits" if wide else None
+
+
+def fits_int8(grid: Grid) -> bool:
+    """Whether the levels of a grid, half-integers doubled, are 8-bit integers."""
+    factor = 2 if grid.offset else 1
+    return factor * grid.lo >= -128 and factor * grid.hi <= 127
+
+
+def arithmetic_label(module: nn.Module) -> str | None:
+    """Return how the products of a layer with quantized input run where its weight lies now, for the report."""
+    if module._modules.get(INPUT_QUANTIZER) is None or not is_view(module):
+        return None
+    reason = float_reason(module)
+    if reason is not None:
+        return f"float products: {reason}" if vars(module).get(ARITHMETIC) == "integer" else "float products"
+    weight = latent(module, "weight")
+    return "integer products" if runs_on_integers(module, weight.device.type, weight.dtype) else "float products"
+
+
+def fused_forward(base: type[nn.Module], names: tuple[str, ...]) -> Callable[..., Tensor] | None:
+    """Return the forward that a view of a class gets in the place of its own, or None."""
+    return forward if names == ("weight",) and base.forward is nn.Linear.forward else None
