@@ -64,8 +64,9 @@ def capturing(targets: dict[str, nn.Module], layers: dict[str, nn.Module]) -> It
     """
     calls: list[Call] = []
     features: dict[str, Any] = {}
+    done = features.clear if len(targets) == 1 else None  # several targets lie inside each other
     handles = [
-        module.register_forward_hook(functools.partial(_add_call, calls, features, name), with_kwargs=True)
+        module.register_forward_hook(functools.partial(_add_call, calls, features, done, name), with_kwargs=True)
         for name, module in targets.items()
     ]
     handles += [
@@ -79,12 +80,13 @@ def capturing(targets: dict[str, nn.Module], layers: dict[str, nn.Module]) -> It
 
 
 def _add_call(
-    calls: list[Call], features: dict[str, Any], name: str, module: nn.Module, args: tuple[Any, ...],
-    kwargs: dict[str, Any], output: Any,
+    calls: list[Call], features: dict[str, Any], done: Callable[[], None] | None, name: str, module: nn.Module,
+    args: tuple[Any, ...], kwargs: dict[str, Any], output: Any,
 ) -> None:  # fmt: skip
     if torch.is_grad_enabled():
         calls.append(Call(name, args, kwargs, output, dict(features)))
-    features.clear()
+    if done is not None:
+        done()
 
 
 def _add_feature(features: dict[str, Any], name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

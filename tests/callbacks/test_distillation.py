@@ -237,7 +237,7 @@ def start(kind: str, folder: Path, teacher: Any = None, **options: Any) -> Net:
         fit(
             model,
             QATCallback(recipes.int4()),
-            Distillation(teacher_of(kind, folder)),
+            Distillation(teacher_of(kind, folder) if teacher is None else teacher),
             checkpoint,
             max_epochs=2,
             **options,
@@ -434,8 +434,8 @@ def test_relations_of_attention() -> None:
 
     relation = functools.partial(attention_relation_loss, num_relation_heads=2)
     model, without = Attending(optimizer=sgd), Attending(optimizer=sgd)
-    fit(model, Distillation(frozen, features=(FeatureMatch("first", loss=relation, select=relations),)))
-    fit(without, Distillation(frozen))
+    fit(model, Distillation(features=(FeatureMatch("first", loss=relation, select=relations),)))
+    fit(without, Distillation())
     assert not torch.equal(model.first.weight, without.first.weight)
     with pytest.raises(ValueError, match=r"FeatureMatch\(match='blocks\.\*'\) matches no module of Net; candidates"):
         fit(Net(), Distillation(features=(FeatureMatch("blocks.*"),)))
