@@ -140,7 +140,16 @@ class LayerSpec:
                 f"LayerSpec: weight.granularity={self.weight.granularity!r} has no meaning for a weight, which has no "
                 "tokens; choose PerTensor(), PerChannel() or PerGroup(size)"
             )
+        self._check_transforms()
         self._check_input()
+
+    def _check_transforms(self) -> None:
+        moving = [transform for transform in self.transforms if transform.changes_weight]
+        if self.weight is None and moving:
+            raise ValueError(
+                f"LayerSpec: {moving[0]!r} transforms the weight, too, but weight=None leaves that in float; give a "
+                "weight quantizer, or leave the transform out"
+            )
 
     def _check_input(self) -> None:
         if self.input is None:

@@ -59,7 +59,7 @@ def absmax_int8_tokens(x: Tensor, num_features: int = 1) -> Tensor:
 LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], int]] = {
     "linear": (lambda: nn.Linear(6, 5), lambda: torch.randn(3, 6), 0),
     "conv1d": (lambda: nn.Conv1d(4, 6, 3, groups=2), lambda: torch.randn(2, 4, 7), 0),
-    "conv2d": (lambda: nn.Conv2d(3, 4, 3, padding=1), lambda: torch.randn(2, 3, 5, 5), 0),
+    "conv2d": (lambda: nn.Conv2d(4, 6, 3, padding=1), lambda: torch.randn(2, 4, 5, 5), 0),
     "conv3d": (lambda: nn.Conv3d(2, 3, 2), lambda: torch.randn(2, 2, 4, 4, 4), 0),
     "transposed1d": (lambda: nn.ConvTranspose1d(4, 6, 3), lambda: torch.randn(2, 4, 5), 1),
     "transposed2d": (lambda: nn.ConvTranspose2d(3, 4, 2, stride=2), lambda: torch.randn(2, 3, 4, 4), 1),
