@@ -35,7 +35,7 @@ def levels(grid: ReferenceGrid) -> list[float]:
 
 def step_of(grid: ReferenceGrid, scale: Tensor) -> Tensor:
     """The distance between levels."""
-    return scale * (math.pi / grid.k) if grid.kind == "Pi" else scale
+    return scale * (math.pi / grid.k if grid.kind == "Pi" else 1.0)
 
 
 def quantize(x: Tensor, step: Tensor, zero_point: Tensor | float, grid: ReferenceGrid) -> Tensor:
@@ -66,8 +66,8 @@ def dequantize(q: Tensor, step: Tensor, zero_point: Tensor | float) -> Tensor:
 def absmax_scale(grid: ReferenceGrid, amax: Tensor) -> Tensor:
     """The scale that puts amax on the end of a symmetric grid."""
     if grid.kind == "HalfInt":
-        return 2 * amax / 2**grid.bits
-    return amax / max(levels(grid)) if grid.narrow else amax / -min(levels(grid))
+        return 2 * amax / 2.0**grid.bits
+    return amax / (max(levels(grid)) if grid.narrow else -min(levels(grid)))
 
 
 def absmean_scale(grid: ReferenceGrid, mean: Tensor) -> Tensor:
@@ -122,9 +122,7 @@ def divergence(x: Tensor, step: float, grid: ReferenceGrid, bins: int = 256) -> 
     for count, level in zip(mass, level_of, strict=True):
         pooled.setdefault(level, []).append(count)
     share = {level: sum(counts) / len(counts) for level, counts in pooled.items()}
-    return sum(
-        count * math.log(count / share[level]) for count, level in zip(mass, level_of, strict=True) if count > 0
-    )
+    return sum(count * math.log(count / share[level]) for count, level in zip(mass, level_of, strict=True) if count > 0)
 
 
 def moving_average(values: Iterable[float], momentum: float) -> float:
@@ -154,7 +152,7 @@ def staircase(u: Tensor, temperature: Tensor | float, grid: ReferenceGrid) -> Te
 
 
 def lsq_surrogate(x: Tensor, step: Tensor, start: Tensor, zero_point: Tensor | float, grid: ReferenceGrid) -> Tensor:
-    """x^ as a function of the step with rounding replaced by a constant shift, frozen at `start`; a clipped level stays."""
+    """x^ as a function of the step, rounding replaced by its shift at `start`, a constant; clipped levels stay."""
     lo, hi = min(levels(grid)), max(levels(grid))
     q = quantize(x, start, zero_point, grid)
     u = x / start + zero_point

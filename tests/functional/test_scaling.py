@@ -68,7 +68,8 @@ def test_absmax_in_numbers() -> None:
     """The table of the design, for amax = 1."""
     one = torch.tensor([1.0])
     cases: list[tuple[GridLike, float]] = [
-        (Int(4), 1 / 8), (Int(2), 1 / 2), (Int(8), 1 / 128), (Int(4, narrow=True), 1 / 7), (Int(8, narrow=True), 1 / 127),
+        (Int(4), 1 / 8), (Int(2), 1 / 2), (Int(8), 1 / 128), (Int(4, narrow=True), 1 / 7),
+        (Int(8, narrow=True), 1 / 127),
         (Ternary(), 1.0), (Binary(), 1.0), (HalfInt(2), 1 / 2), (HalfInt(4), 1 / 8), (Pi(3, 4), 1 / 4),
     ]  # fmt: skip
     for grid, expected in cases:
@@ -169,6 +170,17 @@ def test_minimum_error_of_binary_is_the_mean(size: int) -> None:
     torch.testing.assert_close(scale.double(), x.double().abs().mean(1, keepdim=True), rtol=1e-6, atol=0.0)
 
 
+@pytest.mark.parametrize("grid", [Int(3), Int(4), HalfInt(4)], ids=named)
+def test_minimum_error_is_settled(grid: Grid) -> None:
+    """One more least-squares step, <x, q> / <q, q> for the codes that were found, would change next to nothing."""
+    x, plain = torch.randn(300, 64), reference(grid)
+    scale, _ = minimum_error_scale(Sample(x, (1,)), grid, torch.float32)
+    q = ref.quantize(x, scale, 0.0, plain)
+    least_squares = (x.double() * q).sum(1, keepdim=True) / q.square().sum(1, keepdim=True)
+    settled, before = (ref.squared_error(x, part, 0.0, plain) for part in (least_squares, scale))
+    assert settled > 0.9995 * before
+
+
 @pytest.mark.parametrize("grid", SEARCHED, ids=named)
 def test_minimum_error_is_never_worse_than_its_alternatives(grid: Grid) -> None:
     x = torch.randn(8, 40)
@@ -191,7 +203,9 @@ def test_searches_look_at_each_group_alone() -> None:
     few = x[:4, :64]
     entropy, _ = entropy_scale(Sample(few, (1,)), Int(4), torch.float32)
     for row in range(4):
-        assert torch.equal(entropy[row : row + 1], entropy_scale(Sample(few[row : row + 1], (1,)), Int(4), torch.float32)[0])
+        assert torch.equal(
+            entropy[row : row + 1], entropy_scale(Sample(few[row : row + 1], (1,)), Int(4), torch.float32)[0]
+        )
 
 
 @pytest.mark.parametrize("grid", [Int(3), Int(4), Int(4, narrow=True), HalfInt(3), Ternary(0.3), Pi(3, 3)], ids=named)
@@ -214,7 +228,7 @@ def test_entropy_ignores_zeros() -> None:
     assert 0.4 < (scale / absmax).item() <= 1.0
 
 
-@pytest.mark.parametrize("grid", (*SEARCHED, *ASYMMETRIC), ids=named)
+@pytest.mark.parametrize("grid", [*SEARCHED, *ASYMMETRIC], ids=named)
 def test_a_histogram_gives_nearly_the_scale_of_its_values(grid: Grid) -> None:
     """Counts stand for repeated values: the same scale as from the values themselves."""
     values = torch.randn(60).repeat_interleave(torch.randint(1, 6, (60,)))

@@ -48,11 +48,15 @@ GRIDS: tuple[Grid, ...] = (
     *(Pi(bits, k) for bits in range(2, 6) for k in range(2, 6)),
 )
 FEW_GRIDS: tuple[Grid, ...] = (
-    Int(2), Int(4, narrow=True), Int(8), Int(4, symmetric=False), Binary(), Ternary(), Ternary(0.3), HalfInt(3), Pi(3, 4),
+    Int(2), Int(4, narrow=True), Int(8), Int(4, symmetric=False), Binary(), Ternary(), Ternary(0.3), HalfInt(3),
+    Pi(3, 4),
 )  # fmt: skip
 STARTS: tuple[Scale, ...] = (AbsMax(), AbsMean(), Percentile(97.0), MinimumError(), Entropy(), MovingAverage(0.9))
 SCALES: tuple[Scale, ...] = (*STARTS, *(Learned(start) for start in STARTS))
-KINDS: tuple[Scale, ...] = (*STARTS, Learned(AbsMax()))  # for properties that do not depend on how a learned scale began
+KINDS: tuple[Scale, ...] = (
+    *STARTS,
+    Learned(AbsMax()),
+)  # where it does not matter how a learned scale began
 GRADIENTS: tuple[Gradient, ...] = (
     StraightThrough(), Clipped(), Clipped(0.5), Soft(0.4), LearnedSoft(0.4), ElementwiseScaling(0.2),
 )  # fmt: skip

@@ -88,7 +88,7 @@ def step(module: Callable[[Tensor], Tensor], quantizer: nn.Module, x: Tensor) ->
     return [out.detach(), *(gradient.clone() for gradient in gradients if gradient is not None)]
 
 
-@pytest.mark.parametrize("spec", (*SPECS, *INPUTS), ids=lambda spec: spec.label)
+@pytest.mark.parametrize("spec", [*SPECS, *INPUTS], ids=lambda spec: spec.label)
 def test_compiled_numbers_are_those_of_eager_mode(spec: QuantizerSpec) -> None:
     x = torch.randn(4, 8)
     quantizer = ready(spec, x)
@@ -100,7 +100,7 @@ def test_compiled_numbers_are_those_of_eager_mode(spec: QuantizerSpec) -> None:
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("spec", (*WEIGHTS, INPUTS[0]), ids=lambda spec: spec.label)
+@pytest.mark.parametrize("spec", [*WEIGHTS, INPUTS[0]], ids=lambda spec: spec.label)
 def test_one_compilation_for_all_widths(spec: QuantizerSpec) -> None:
     """Bits live in tensors, so a schedule from 8 to 2 bits never compiles again (trap 44)."""
     x, counter = torch.randn(4, 8), Counter()

@@ -116,9 +116,19 @@ def test_tensors_that_are_not_contiguous() -> None:
     ("granularity", "shape", "layout", "message"),
     [
         (PerGroup(3), (6, 8), WEIGHT, r"in_features=8 is not a multiple of group_size=3; choose one of \[1, 2, 4, 8\]"),
-        (PerGroup(64), (10, 100), WEIGHT, r"in_features=100 is not a multiple of group_size=64; choose one of .*50.*100"),
+        (
+            PerGroup(64),
+            (10, 100),
+            WEIGHT,
+            r"in_features=100 is not a multiple of group_size=64; choose one of .*50.*100",
+        ),
         (PerGroup(5), (6, 8, 3, 3), TRANSPOSED, r"in_features=54 is not a multiple of group_size=5"),
-        (PerGroup(4), (), SAMPLES, r"groups of an input exist for linear layers only; choose PerTensor\(\) or PerToken"),
+        (
+            PerGroup(4),
+            (),
+            SAMPLES,
+            r"groups of an input exist for linear layers only; choose PerTensor\(\) or PerToken",
+        ),
         (PerToken(), (6, 8), WEIGHT, r"PerToken\(\) is for inputs; for weights choose PerTensor\(\), PerChannel\(\)"),
         (PerChannel(), (), TOKENS, r"PerChannel\(\) is for weights; for inputs choose PerTensor\(\), PerToken\(\)"),
         (PerChannel(), (8,), WEIGHT, r"a weight of shape \(8,\) would get a scale for each element; choose PerTensor"),

@@ -136,8 +136,12 @@ def test_percentiles_are_near_exact(percentile: float) -> None:
     assert lowest - bin_width <= found <= highest + bin_width
 
 
-@pytest.mark.parametrize("grid", [Int(8), Int(4, narrow=True), Int(4, symmetric=False), Ternary(), HalfInt(3)], ids=repr)
-@pytest.mark.parametrize("scale", [MinimumError(), Entropy(), Learned(), Learned(AbsMax()), Learned(AbsMean())], ids=repr)
+@pytest.mark.parametrize(
+    "grid", [Int(8), Int(4, narrow=True), Int(4, symmetric=False), Ternary(), HalfInt(3)], ids=repr
+)
+@pytest.mark.parametrize(
+    "scale", [MinimumError(), Entropy(), Learned(), Learned(AbsMax()), Learned(AbsMean())], ids=repr
+)
 def test_scales_from_a_histogram_are_near_those_from_the_values(grid: Grid, scale: Scale) -> None:
     if not grid.symmetric and scale == Learned(AbsMean()):
         return  # no such combination
@@ -161,7 +165,9 @@ def test_absmax_of_a_calibrated_input_is_exact() -> None:
         quantizer = FakeQuantizer(QuantizerSpec(grid, PerTensor(), Learned(AbsMax())))
         calibrate(quantizer, parts)
         whole = torch.cat([part.flatten() for part in parts])
-        assert torch.equal(torch.as_tensor(quantizer.scale), torch.as_tensor(build(quantizer.spec, whole, quantizer.layout).scale))
+        assert torch.equal(
+            torch.as_tensor(quantizer.scale), torch.as_tensor(build(quantizer.spec, whole, quantizer.layout).scale)
+        )
 
 
 def test_values_that_are_not_finite_are_not_counted() -> None:

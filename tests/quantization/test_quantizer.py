@@ -71,7 +71,9 @@ def test_names_in_the_state_dict(spec: QuantizerSpec, names: set[str]) -> None:
         assert torch.isfinite(tensor).all()
         assert tensor.dtype == torch.float32
     parameters = {name for name, _ in layer.named_parameters()}
-    assert parameters == {f"weight_quantizer.{n}" for n in names & ({"scale", "temperature"} if spec.scale.learned else {"temperature"})}
+    assert parameters == {
+        f"weight_quantizer.{n}" for n in names & ({"scale", "temperature"} if spec.scale.learned else {"temperature"})
+    }
 
 
 def test_no_parameter_has_zero_dimensions() -> None:
@@ -104,7 +106,9 @@ def test_copies_are_independent() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("spec", [ASYMMETRIC, QuantizerSpec(Int(4)), QuantizerSpec(Int(4), scale=MinimumError())], ids=repr)
+@pytest.mark.parametrize(
+    "spec", [ASYMMETRIC, QuantizerSpec(Int(4)), QuantizerSpec(Int(4), scale=MinimumError())], ids=repr
+)
 def test_scales_stay_in_float32(spec: QuantizerSpec, dtype: torch.dtype) -> None:
     x = torch.randn(4, 8)
     quantizer = build(spec, x)
@@ -114,7 +118,7 @@ def test_scales_stay_in_float32(spec: QuantizerSpec, dtype: torch.dtype) -> None
         lambda: layer.to(dtype), lambda: layer.half(), lambda: layer.bfloat16(), lambda: layer.double(),
         lambda: layer.type(dtype), lambda: layer.to("cpu", dtype), lambda: layer.to(torch.zeros(1, dtype=dtype)),
     ):  # fmt: skip
-        move()
+        move()  # type: ignore[no-untyped-call]
         assert next(layer[1].parameters()).dtype != torch.float32
         for tensor in (*quantizer.parameters(), *quantizer.buffers(), quantizer.lo, quantizer.hi):
             assert tensor.dtype == torch.float32
@@ -130,7 +134,9 @@ def test_default_dtype_has_no_influence(dtype: torch.dtype) -> None:
     x = torch.randn(4, 8)
     try:
         torch.set_default_dtype(dtype)
-        quantizers = [build(dataclasses.replace(ASYMMETRIC, scale=scale), x) for scale in (Learned(), Entropy(), AbsMax())]
+        quantizers = [
+            build(dataclasses.replace(ASYMMETRIC, scale=scale), x) for scale in (Learned(), Entropy(), AbsMax())
+        ]
         observing = FakeQuantizer(QuantizerSpec(Int(8), PerTensor(), Entropy()))
         observing.observer = observing.new_observer()
         observing(x)
@@ -145,7 +151,9 @@ def test_default_dtype_has_no_influence(dtype: torch.dtype) -> None:
         assert torch.equal(out, build(dataclasses.replace(ASYMMETRIC, scale=scale), x)(x))
 
 
-@pytest.mark.parametrize("spec", [ASYMMETRIC, QuantizerSpec(Int(4)), QuantizerSpec(Ternary(), scale=AbsMean())], ids=repr)
+@pytest.mark.parametrize(
+    "spec", [ASYMMETRIC, QuantizerSpec(Int(4)), QuantizerSpec(Ternary(), scale=AbsMean())], ids=repr
+)
 def test_meta_device_and_back(spec: QuantizerSpec) -> None:
     x = torch.randn(4, 8)
     expected = build(spec, x)(x)
@@ -191,7 +199,9 @@ def test_checkpoint_of_another_width_loads_strictly(assign: bool) -> None:
     assert not fresh.needs_calibration
 
 
-@pytest.mark.parametrize("grid", [Ternary(1 / 3), Ternary(0.7), Ternary(), HalfInt(3), Pi(3, 5), Binary(), Int(3, narrow=True)])
+@pytest.mark.parametrize(
+    "grid", [Ternary(1 / 3), Ternary(0.7), Ternary(), HalfInt(3), Pi(3, 5), Binary(), Int(3, narrow=True)]
+)
 def test_grids_survive_a_checkpoint(grid: Grid) -> None:
     x = torch.randn(4, 8)
     trained = build(QuantizerSpec(grid), x)
@@ -220,7 +230,7 @@ def test_float_checkpoint_asks_for_a_new_scale() -> None:
 def test_checkpoint_without_its_scale_is_an_error() -> None:
     state = state_of(build(QuantizerSpec(Int(4)), torch.randn(4, 8)))
     del state["scale"]
-    with pytest.raises(RuntimeError, match="Missing key.*scale"):
+    with pytest.raises(RuntimeError, match=r"Missing key.*scale"):
         FakeQuantizer(QuantizerSpec(Int(4)), (4, 8)).load_state_dict(state)
 
 
@@ -240,7 +250,11 @@ def test_checkpoint_before_the_scale_was_found() -> None:
 @pytest.mark.parametrize(
     ("spec", "grid", "message"),
     [
-        (QuantizerSpec(Int(4)), Int(4, symmetric=False), r"cannot change from Int\(.*one has a zero point, the other has none"),
+        (
+            QuantizerSpec(Int(4)),
+            Int(4, symmetric=False),
+            r"cannot change from Int\(.*one has a zero point, the other has none",
+        ),
         (QuantizerSpec(Int(4, symmetric=False)), Binary(), r"one has a zero point, the other has none"),
         (QuantizerSpec(Int(4), scale=Entropy()), Binary(), r"Entropy\(\) cannot choose a scale for Binary\(\)"),
     ],
@@ -314,7 +328,9 @@ def test_precision_does_not_change_the_codes(grid: Grid, dtype: torch.dtype) -> 
         assert quantized.scale.dtype == torch.float32
 
 
-@pytest.mark.parametrize("gradient", [StraightThrough(), Clipped(), Soft(), LearnedSoft(), ElementwiseScaling()], ids=repr)
+@pytest.mark.parametrize(
+    "gradient", [StraightThrough(), Clipped(), Soft(), LearnedSoft(), ElementwiseScaling()], ids=repr
+)
 def test_gradients_of_half_precision_come_back_in_half_precision(gradient: Any) -> None:
     for dtype in (torch.bfloat16, torch.float16):
         x = torch.randn(4, 8).to(dtype).requires_grad_()

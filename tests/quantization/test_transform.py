@@ -26,7 +26,9 @@ def test_hadamard_leaves_the_product_as_it_is(size: int) -> None:
 def test_center_subtracts_the_mean_of_the_weight_alone() -> None:
     centering = Center().build(8)
     weight, x = torch.randn(4, 8) + 3, torch.randn(2, 8)
-    torch.testing.assert_close(centering.weight(weight).double(), weight.double() - weight.double().mean(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        centering.weight(weight).double(), weight.double() - weight.double().mean(), rtol=0, atol=1e-6
+    )
     assert centering.input(x) is x
     assert not Center().changes_input
 

@@ -22,8 +22,8 @@ from lightning_qat.quantization import (
     Hadamard,
     HalfInt,
     Int,
-    Layout,
     LayerSpec,
+    Layout,
     Learned,
     LearnedSoft,
     MinimumError,
@@ -45,7 +45,8 @@ from tests import _reference as ref
 from tests.quantization.combinations import FEW_GRIDS, GRADIENTS, GRIDS, PLACES, SCALES, reference
 
 VALUES: tuple[Any, ...] = (
-    *GRIDS, *SCALES, *GRADIENTS, PerTensor(), PerChannel(), PerToken(), PerGroup(32), Layout(), Layout(1), Layout(None, 3),
+    *GRIDS, *SCALES, *GRADIENTS, PerTensor(), PerChannel(), PerToken(), PerGroup(32),
+    Layout(), Layout(1), Layout(None, 3),
     Center(), Hadamard(7), Normalize(1e-6), Percentile(50), Clipped(threshold=2.0), Ternary(1 / 3),
     QuantizerSpec(Int(4)),
     QuantizerSpec(Pi(3, 4), PerGroup(8), Learned(Percentile(99.5)), LearnedSoft(0.1), "bfloat16"),
@@ -64,7 +65,12 @@ def test_repr_evaluates_back(value: object) -> None:
 
 @each_value
 def test_values_are_frozen_hashable_and_copied_equal(value: Any) -> None:
-    for copied in (copy.copy(value), copy.deepcopy(value), pickle.loads(pickle.dumps(value)), dataclasses.replace(value)):
+    for copied in (
+        copy.copy(value),
+        copy.deepcopy(value),
+        pickle.loads(pickle.dumps(value)),
+        dataclasses.replace(value),
+    ):
         assert copied == value
         assert hash(copied) == hash(value)
     for field in dataclasses.fields(value):
@@ -98,7 +104,7 @@ def test_grids_are_encoded_as_plain_numbers(grid: q.Grid) -> None:
     code = grid.encode()
     assert all(type(number) is float for number in code)
     stored = torch.tensor(code, dtype=torch.float32)
-    assert decode_grid(tuple(stored.tolist())) == grid  # type: ignore[arg-type]
+    assert decode_grid(tuple(stored.tolist())) == grid
     assert len({other.encode() for other in GRIDS}) == len(GRIDS)
 
 
@@ -164,19 +170,20 @@ REFUSED: tuple[tuple[Build, type[Exception], str], ...] = (
     (lambda: Hadamard(1.5), TypeError, r"Hadamard: seed=1.5 is not an integer"),  # type: ignore[arg-type]
     (lambda: Layout(-1), ValueError, r"Layout: channel_axis=-1 is not allowed"),
     (lambda: Layout(None, 0), ValueError, r"Layout: num_features=0 is not allowed"),
-    (lambda: QuantizerSpec(Int), TypeError, r"QuantizerSpec: grid=<class .*> is not a Grid; choose one of Int\(bits\)"),  # type: ignore[arg-type]
+    (lambda: QuantizerSpec(Int), TypeError, r"grid=<class .*> is not a Grid; choose one of Int\(bits\)"),  # type: ignore[arg-type]
     (lambda: QuantizerSpec(4), TypeError, r"QuantizerSpec: grid=4 is not a Grid"),  # type: ignore[arg-type]
-    (lambda: QuantizerSpec(Int(4), "per_group"), TypeError, r"QuantizerSpec: granularity='per_group' is not a Gran"),  # type: ignore[arg-type]
-    (lambda: QuantizerSpec(Int(4), scale=Clipped()), TypeError, r"QuantizerSpec: scale=Clipped\(.*is not a Scale.*Learned"),  # type: ignore[arg-type]
+    (lambda: QuantizerSpec(Int(4), "per_group"), TypeError, r"granularity='per_group' is not a Gran"),  # type: ignore[arg-type]
+    (lambda: QuantizerSpec(Int(4), scale=Clipped()), TypeError, r"scale=Clipped\(.*is not a Scale"),  # type: ignore[arg-type]
     (lambda: QuantizerSpec(Int(4), gradient="ste"), TypeError, r"QuantizerSpec: gradient='ste' is not a Gradient"),  # type: ignore[arg-type]
     (lambda: QuantizerSpec(Int(4), scale_dtype="float64"), ValueError,
      r"QuantizerSpec: scale_dtype='float64'; choose one of \['bfloat16', 'float16', 'float32'\]"),
     (lambda: QuantizerSpec(Int(4), PerToken()), ValueError, r"cannot be stored per token.*AbsMax\(\) and AbsMean\(\)"),
     (lambda: QuantizerSpec(Int(4, symmetric=False), scale=AbsMean()), ValueError,
      r"AbsMean\(\) finds no zero point for Int\(.*symmetric=False\).*MinimumError\(\)"),
-    (lambda: QuantizerSpec(Int(4, symmetric=False), scale=Learned(MovingAverage())), ValueError, r"finds no zero point"),
+    (lambda: QuantizerSpec(Int(4, symmetric=False), scale=Learned(MovingAverage())), ValueError, r"no zero point"),
     (lambda: QuantizerSpec(Binary(), scale=Entropy()), ValueError, r"Entropy\(\) cannot choose a scale for Binary\(\)"),
-    (lambda: QuantizerSpec(Int(4, symmetric=False), scale=Percentile(50)), ValueError, r"choose a percentile in \(50, 100\]"),
+    (lambda: QuantizerSpec(Int(4, symmetric=False), scale=Percentile(50)), ValueError,
+     r"Percentile\(percentile=50\) leaves an empty range.*choose a percentile in \(50, 100\]"),
     (lambda: LayerSpec(), ValueError, r"LayerSpec: neither weight nor input is given; .*Rule\(..., None\)"),
     (lambda: LayerSpec(weight=Int(4)), TypeError, r"LayerSpec: weight=Int\(.*is not a QuantizerSpec"),  # type: ignore[arg-type]
     (lambda: LayerSpec(weight=QuantizerSpec(Int(4), PerToken(), AbsMax())), ValueError,
@@ -185,8 +192,8 @@ REFUSED: tuple[tuple[Build, type[Exception], str], ...] = (
      r"input.granularity=PerChannel\(\) would scale the dimension that is summed over.*PerToken\(\)"),
     (lambda: LayerSpec(input=QuantizerSpec(Int(8), PerGroup(8), Learned())), ValueError,
      r"cannot be stored per group of an input.*PerTensor\(\)"),
-    (lambda: LayerSpec(weight=QuantizerSpec(Int(4)), transforms=Center()), TypeError, r"LayerSpec: transforms=Center\(\)"),  # type: ignore[arg-type]
-    (lambda: LayerSpec(weight=QuantizerSpec(Int(4)), transforms=("center",)), TypeError, r"transforms='center' is not a"),  # type: ignore[arg-type]
+    (lambda: LayerSpec(weight=QuantizerSpec(Int(4)), transforms=Center()), TypeError, r"transforms=Center\(\) is not"),  # type: ignore[arg-type]
+    (lambda: LayerSpec(weight=QuantizerSpec(Int(4)), transforms=("center",)), TypeError, r"='center' is not a"),  # type: ignore[arg-type]
 )  # fmt: skip
 
 
@@ -214,10 +221,19 @@ def test_defaults() -> None:
     ("spec", "label"),
     [
         (QuantizerSpec(Int(8, narrow=True), PerToken(), AbsMax(), StraightThrough()), "int8-narrow:token:absmax:ste"),
-        (QuantizerSpec(Int(4, symmetric=False), PerGroup(32), Percentile(99.9)), "int4-asymmetric:group32:percentile99.9:clipped"),
-        (QuantizerSpec(Ternary(0.7), scale=AbsMean(), gradient=ElementwiseScaling()), "ternary0.7:channel:absmean:ewgs"),
+        (
+            QuantizerSpec(Int(4, symmetric=False), PerGroup(32), Percentile(99.9)),
+            "int4-asymmetric:group32:percentile99.9:clipped",
+        ),
+        (
+            QuantizerSpec(Ternary(0.7), scale=AbsMean(), gradient=ElementwiseScaling()),
+            "ternary0.7:channel:absmean:ewgs",
+        ),
         (QuantizerSpec(HalfInt(2), PerTensor(), Entropy(), Soft()), "halfint2:tensor:entropy:soft"),
-        (QuantizerSpec(Pi(3, 4), scale=MovingAverage(), scale_dtype="float16"), "pi3k4:channel:movingaverage:clipped:float16"),
+        (
+            QuantizerSpec(Pi(3, 4), scale=MovingAverage(), scale_dtype="float16"),
+            "pi3k4:channel:movingaverage:clipped:float16",
+        ),
     ],
 )
 def test_labels(spec: QuantizerSpec, label: str) -> None:
