@@ -66,7 +66,7 @@ def explain(error: Exception) -> str | None:
             return _unknown_key(str(cause.full_key), cause.parent_node)
         return str(error)
     if isinstance(error, OmegaConfBaseException):
-        return str(error)
+        return str(error).splitlines()[0]
     if "Config group override must be a string or a list" in str(error):
         return "GROUP=null: a group takes the name of an option; leave it out with ~GROUP"
     return str(error) if _is_for_users(error) else None
@@ -109,7 +109,8 @@ def _unknown_key(key: str, parent: DictConfig) -> str:
         return _unknown(key, {*present, *_groups()}, what="key or group")
     more = sorted(set(arguments) - set(present))
     hint = nearest(name, [*present, *more])
-    added = f" More arguments, to be added with +: {', '.join(more)}." if more else ""
+    node = key.rpartition(".")[0]
+    added = f" Other arguments of {OmegaConf.select(parent, '_target_')}: +{node}.NAME=VALUE." if more else ""
     return f"{key}: no such key; choose from {', '.join(present)}.{hint}{added}"
 
 
@@ -139,7 +140,8 @@ def _failed_call(error: InstantiationException) -> str:
         target = re.search(r"target '([^']+)'", str(error))
         arguments = _arguments(target.group(1)) if target else []
         return _unknown(f"{key}.{unexpected.group(1)}".lstrip("."), arguments, what="argument")
-    return f"{key}: {cause}" if key else str(cause)
+    text = " ".join(str(cause).split())
+    return f"{key}: {text}" if key else text
 
 
 def _groups() -> list[str]:

@@ -20,6 +20,8 @@ from lightning_qat.cli.float_cache import float_key, write_atomically
 from lightning_qat.cli.results import Measurement, num_bytes, test_metrics
 from lightning_qat.conversion import ConversionReport, bake, calibrate, load_checkpoint, prepare
 from lightning_qat.conversion.calibrate import default_forward
+from lightning_qat.conversion.prepare import convert
+from lightning_qat.export.backend import backend_for
 
 CALIBRATION_BATCHES: Final = 8
 
@@ -70,6 +72,24 @@ def recorded_outputs(model: nn.Module) -> Iterator[OutputDigest]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def check_early(cfg: DictConfig) -> None:
+    """Raise what would otherwise come up only after the float training: recipes and formats that do not fit.
+
+    Args:
+        cfg: of the job.
+
+    Raises:
+        ValueError: the recipe does not fit the model, or there is no such format of export.
+    """
+    backend_for(cfg.export.format, export_options(cfg))
+    convert(build(cfg.model), build(cfg.recipe))
+
+
+def export_options(cfg: DictConfig) -> dict[str, Any]:
+    """Return the options of the format."""
+    return {str(name): value for name, value in cfg.export.items() if name != "format"}
 
 
 def train_float(cfg: DictConfig, cache: Path | None = None) -> Stage:

@@ -18,7 +18,9 @@ from lightning_qat.cli.quiet import without_hints
 from lightning_qat.cli.results import results_table, shown_metrics, wide_console, write_json
 from lightning_qat.cli.stages import (
     bake_and_compare,
+    check_early,
     evaluate,
+    export_options,
     measured,
     quantize_after_training,
     run_batch,
@@ -52,6 +54,7 @@ def train(cfg: DictConfig, *, float_cache: Path | None = None) -> tuple[dict[str
     """
     folder = Path(cfg.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    check_early(cfg)
     OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
     console, start = wide_console(), time.monotonic()
     with without_hints():
@@ -99,7 +102,7 @@ def _run_stages(cfg: DictConfig, float_cache: Path | None, console: Console) -> 
 
 
 def _export(cfg: DictConfig, objects: dict[str, Any], folder: Path) -> ExportReport:
-    options = {name: value for name, value in cfg.export.items() if name != "format"}
+    options = export_options(cfg)
     suffix = backend_for(cfg.export.format, options).suffix
     batches = islice(objects["data"].test_dataloader(), _VERIFIED_BATCHES)
     path = folder / f"model{suffix}"

@@ -132,6 +132,23 @@ def test_a_baked_model_that_differs_is_an_error(compose_job: Compose, monkeypatc
         train(compose_job(*FAST, *QUIET))
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("recipe.group_size=5", "in_features=8 is not a multiple of group_size=5"),
+        ("export.format=onx", "did you mean 'onnx'"),
+        ("+export.shards=2", "has no option shards"),
+    ],
+)
+def test_what_cannot_end_well_does_not_start(
+    override: str, message: str, compose_job: Compose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fits = count_fits(monkeypatch)
+    with pytest.raises((ValueError, TypeError), match=message):
+        train(compose_job(*FAST, *QUIET, override))
+    assert fits == []
+
+
 class Parts(L.LightningModule):
     """A module whose test calls a part of it, not the module."""
 
