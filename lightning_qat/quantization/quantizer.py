@@ -264,8 +264,8 @@ class FakeQuantizer(nn.Module):
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take over a grid."""
-        family, bits, parameter, calibrated = (float(value) for value in state)
-        if not torch.equal(state[:3].cpu(), _float32(self.grid.encode(), device="cpu")):  # float32 cannot hold 1 / 3
+        family, bits, parameter, calibrated = state.tolist()
+        if [family, bits, parameter] != _float32(self.grid.encode(), device="cpu").tolist():  # float32 rounds 1 / 3
             self.set_grid(decode_grid((family, bits, parameter)))
         self.calibrated = bool(calibrated)
         self.stale = self.stored and not self.calibrated and not self.layout.is_input
@@ -287,4 +287,7 @@ class FakeQuantizer(nn.Module):
         if f"{prefix}_extra_state" not in state_dict:  # a float checkpoint: the scale belongs to other weights now
             self.reset()
             return
+        for name in self.state_dict():  # a checkpoint in 16 bits, assigned instead of copied, would change the dtype
+            if isinstance(saved := state_dict.get(prefix + name), Tensor):
+                state_dict[prefix + name] = saved.float()
         super()._load_from_state_dict(state_dict, prefix, *args)
