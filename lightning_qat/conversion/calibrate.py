@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -28,8 +28,9 @@ def calibrate(
 ) -> dict[str, int]:
     """Find the stored scales of inputs from data.
 
-    The model runs in evaluation mode without gradients. Random number generators, training flags, BatchNorm
-    statistics and gradients are unchanged afterwards. All processes of a distributed run end with equal scales.
+    The model runs in evaluation mode without gradients, and eagerly where it is compiled. Random number generators
+    (also those of a DataLoader and its samplers), training flags, BatchNorm statistics and gradients are unchanged
+    afterwards. All processes of a distributed run end with equal scales, found from the data of all.
 
     Args:
         model: a prepared model.
@@ -57,7 +58,7 @@ def find_input_scales(
         return {}
     refresh_scales(model)
     run = forward or default_forward
-    with _undisturbed(model), torch.no_grad():
+    with _undisturbed(model), _undisturbed_order(batches), _eager(model), torch.no_grad():
         try:
             for quantizer in targets.values():
                 quantizer.observer = quantizer.new_observer()
@@ -78,8 +79,8 @@ def _finish(targets: dict[str, FakeQuantizer]) -> dict[str, int]:
     blind = [name for name, count in seen.items() if not count]
     if blind:
         raise ValueError(
-            f"calibrate: no data reached {', '.join(blind[:5])} in the calibration batches; pass more batches or a "
-            "forward= that uses the layer, or leave its input in float with a rule"
+            f"calibrate: no finite data reached {', '.join(blind[:5])} in the calibration batches; pass more batches "
+            "or a forward= that uses the layer, or leave its input in float with a rule"
         )
     for quantizer in targets.values():
         quantizer.find_scale()
@@ -97,7 +98,7 @@ def default_forward(model: nn.Module, batch: Any) -> Any:
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Restore random number generators and training flags afterwards."""
     training = {module: module.training for module in model.modules()}
-    state, cuda = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    state, cuda = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     numpy_state, python_state = np.random.get_state(), random.getstate()
     try:
         model.eval()
@@ -109,6 +110,26 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
         torch.cuda.set_rng_state_all(cuda) if cuda else None
         np.random.set_state(numpy_state)
         random.setstate(python_state)
+
+
+@contextmanager
+def _undisturbed_order(batches: Iterable[Any]) -> Iterator[None]:
+    """Restore the generators that a DataLoader and its samplers draw the order of the data from."""
+    sampler = getattr(batches, "batch_sampler", None)
+    holders = (batches, getattr(batches, "sampler", None), sampler, getattr(sampler, "sampler", None))
+    values = [value for holder in holders for value in getattr(holder, "__dict__", {}).values()]
+    states = {value: value.get_state() for value in values if isinstance(value, torch.Generator)}
+    try:
+        yield
+    finally:
+        for generator, state in states.items():
+            generator.set_state(state)
+
+
+def _eager(model: nn.Module) -> AbstractContextManager[Any]:
+    """Observing counts values in Python: compiled modules run as they are written meanwhile."""
+    compiled = any("_orig_mod" in dict(m.named_children()) or m._compiled_call_impl for m in model.modules())
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 def calibration_state(model: nn.Module) -> dict[str, Tensor]:
