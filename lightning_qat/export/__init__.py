@@ -7,6 +7,7 @@ format ``safetensors`` into ``{name: QuantizedTensor or Tensor}``; ``load(path, 
 
 from lightning_qat.export.api import export
 from lightning_qat.export.backend import Backend, Run, formats, register
+from lightning_qat.export.compressed_tensors import CompressedTensors
 from lightning_qat.export.errors import DamagedFileError, RefusedError, VerificationError
 from lightning_qat.export.gguf import Gguf
 from lightning_qat.export.onnx import Onnx
@@ -14,9 +15,11 @@ from lightning_qat.export.pt2 import Pt2
 from lightning_qat.export.report import ExportReport
 from lightning_qat.export.safetensors import Safetensors, load
 from lightning_qat.export.source import Source, read_source
+from lightning_qat.export.torchao import Torchao
 
 __all__ = [
     "Backend",
+    "CompressedTensors",
     "DamagedFileError",
     "ExportReport",
     "Gguf",
@@ -26,6 +29,7 @@ __all__ = [
     "Run",
     "Safetensors",
     "Source",
+    "Torchao",
     "VerificationError",
     "export",
     "formats",

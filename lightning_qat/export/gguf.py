@@ -157,7 +157,7 @@ def _q8_0(codes: npt.NDArray[np.int16]) -> Bytes:
 def _q4_0(codes: npt.NDArray[np.int16]) -> Bytes:
     """Element i in the low half of byte i, element i + 16 in the high half."""
     nibbles = (codes + 8).astype(np.uint8)
-    packed: Bytes = nibbles[:, :16] | nibbles[:, 16:] << 4
+    packed: Bytes = nibbles[:, :16] | (nibbles[:, 16:] << np.uint8(4))
     return packed
 
 

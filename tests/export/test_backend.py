@@ -1,0 +1,90 @@
+"""The registry of formats: names, options, extras, and what a format of one's own needs."""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, final
+
+import pytest
+import torch
+from torch import Tensor
+
+import lightning_qat as qat
+from lightning_qat.export import Backend, Run, Source, VerificationError, export, formats, register
+from lightning_qat.export import backend as registry
+from tests.export.models import MLP, prepared, vectors
+
+
+def test_formats() -> None:
+    assert formats() == ("compressed-tensors", "gguf", "onnx", "pt2", "safetensors", "torchao")
+
+
+@pytest.mark.parametrize("format", [name for name in formats() if registry._BACKENDS[name].packages])
+def test_missing_extra(format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = registry._BACKENDS[format].packages[0]
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=rf"format='{format}' needs the package '{package}'.*lightning-qat\[export\]"):
+        export(prepared(MLP, "int4"), tmp_path / "x", format=format, batches=vectors())
+
+
+@pytest.fixture
+def own(monkeypatch: pytest.MonkeyPatch) -> type[Backend]:
+    monkeypatch.setattr(registry, "_BACKENDS", dict(registry._BACKENDS))
+
+    @final
+    @register
+    @dataclass(frozen=True)
+    class Numbers(Backend):
+        """torch.save of float weights, on purpose wrong by an amount."""
+
+        name: ClassVar[str] = "numbers"
+        suffix: ClassVar[str] = ".pt"
+        least_sqnr: ClassVar[float] = 60.0
+
+        shift: float = 0.0
+        noise: float = 0.0
+        forgets: str = ""
+        shape: int = 6
+
+        def refusal(self, source: Source) -> str | None:
+            return None
+
+        def write(self, source: Source, path: Path) -> None:
+            values = {name: w.dequantize() + self.shift for name, w in source.weights.items() if name != self.forgets}
+            torch.save(values, path)
+
+        def read(self, path: Path, source: Source) -> tuple[Mapping[str, Tensor], Run]:
+            def run(batch: Tensor) -> Tensor:
+                out: Tensor = source.forward(source.model, batch)
+                return (out + self.noise)[:, : self.shape]
+
+            return torch.load(path, weights_only=True), run
+
+    return Numbers
+
+
+def test_own_format(own: type[Backend], tmp_path: Path) -> None:
+    model = prepared(MLP, "int4")
+    assert export(model, tmp_path / "a.pt", format="numbers", batches=vectors()).exact
+    report = export(qat.bake(model), tmp_path / "a.pt", format="numbers", batches=vectors(), noise=1e-4)
+    assert not report.exact
+    assert report.max_abs == pytest.approx(1e-4, rel=1e-2)
+    assert report.sqnr is not None
+    assert report.sqnr > 60
+    assert "max abs 0.0001" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shift": 1e-8}, "up.weight: read back from format='numbers', it differs"),
+        ({"forgets": "down.weight"}, "down.weight: missing in the file"),
+        ({"noise": 0.1}, r"dB from the trained model's \(max abs 0.1\); at least 60 dB are required"),
+        ({"shape": 5}, r"output 0 has shape \(9, 5\) instead of \(9, 6\)"),
+    ],
+)
+def test_proof_fails(own: type[Backend], options: dict[str, float], message: str, tmp_path: Path) -> None:
+    with pytest.raises(VerificationError, match=message):
+        export(prepared(MLP, "int8"), tmp_path / "a.pt", format="numbers", batches=vectors(), **options)
+    assert list(tmp_path.iterdir()) == []
