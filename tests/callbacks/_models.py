@@ -54,10 +54,10 @@ class StatefulLoader:
         self.position = 0
 
     def __iter__(self) -> Iterator[Any]:
+        self.position %= len(self.batches)  # a finished epoch is followed by a whole one
         while self.position < len(self.batches):
             self.position += 1
             yield self.batches[self.position - 1]
-        self.position = 0
 
     def __len__(self) -> int:
         return len(self.batches)
