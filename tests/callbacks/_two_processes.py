@@ -1,0 +1,71 @@
+"""Runs on two processes, started as a script by test_qat_ddp.py: `python -m tests.callbacks._two_processes KIND FOLDER`."""
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from lightning_qat import Calibration, QATCallback, prepare
+from tests.callbacks._models import LEARNED_INPUTS, Net, fake_quantizers, loader, state
+
+OPTIONS: dict[str, Any] = {
+    "accelerator": "cpu",
+    "devices": 2,
+    "max_epochs": 2,
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "enable_checkpointing": False,
+}
+
+
+class Watch(pl.Callback):
+    """Keeps what each process has; turns quantization off for a step, as delayed quantization does."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        torch.save(state(pl_module), self.folder / f"start{trainer.global_rank}.pt")
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        for quantizer in fake_quantizers(pl_module).values():
+            quantizer.enabled = batch_idx != 1
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        torch.save(state(pl_module), self.folder / f"end{trainer.global_rank}.pt")
+
+
+def ddp(folder: Path) -> None:
+    """What users write: strategy="ddp", which starts this very script once more."""
+    calibration = Calibration(2, {"chat": loader(), "code": [(3 * x, y) for x, y in loader(16)]})
+    callbacks = [QATCallback(LEARNED_INPUTS), calibration, Watch(folder)]
+    trainer = pl.Trainer(strategy="ddp", callbacks=callbacks, **OPTIONS)
+    model = Net()
+    trainer.fit(model, loader(), loader(8))
+    trainer.save_checkpoint(folder / "run.ckpt")
+    torch.save(calibration.samples, folder / f"samples{trainer.global_rank}.pt")
+    assert trainer.test(model, loader(8), verbose=False)
+
+
+def fork(folder: Path) -> None:
+    """Processes that hand their weights back to this one."""
+    model = Net()
+    refused = pl.Trainer(strategy="ddp_fork", callbacks=[QATCallback(LEARNED_INPUTS), Calibration()], **OPTIONS)
+    try:
+        refused.fit(model, loader())
+    except Exception as error:
+        (folder / "error.txt").write_text(str(error), encoding="utf-8")
+    prepare(model, LEARNED_INPUTS)
+    trainer = pl.Trainer(strategy="ddp_fork", callbacks=[QATCallback(), Calibration(), Watch(folder)], **OPTIONS)
+    trainer.fit(model, loader())
+    torch.save(state(model), folder / "back.pt")
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    {"ddp": ddp, "fork": fork}[sys.argv[1]](Path(sys.argv[2]))
