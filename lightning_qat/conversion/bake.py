@@ -41,6 +41,7 @@ def codes(model: nn.Module) -> dict[str, QuantizedTensor]:
     Raises:
         ValueError: if the model is neither, or its weights are sharded.
     """
+    _check_whole(model)
     found: dict[str, QuantizedTensor] = {}
     seen: set[object] = set()
     for name, module in model.named_modules():
@@ -65,12 +66,15 @@ def _identity(module: nn.Module, slot: str) -> object:
 
 @torch.no_grad()
 def _codes_of(module: nn.Module, slot: str) -> QuantizedTensor:
-    weight, quantizer = settled(module, slot), weight_quantizer(module, slot)
-    if is_sharded(weight):
-        raise ValueError(
-            f"{quantizer.name}: the weight is sharded (DTensor); load its full checkpoint into a model that is not"
-        )
-    return quantizer.quantize(transformed(module, weight))
+    return weight_quantizer(module, slot).quantize(transformed(module, settled(module, slot)))
+
+
+def _check_whole(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if is_sharded(parameter):
+            raise ValueError(
+                f"{name}: the parameter is sharded (DTensor); load the full checkpoint into a model that is not sharded"
+            )
 
 
 def bake(model: _Module) -> _Module:
@@ -83,6 +87,7 @@ def bake(model: _Module) -> _Module:
     Raises:
         ValueError: if the model is not prepared, is sharded, or an input scale was never calibrated.
     """
+    _check_whole(model)
     if any(CODES in vars(module) or BAKED_INPUT in module._modules for module in model.modules()):
         raise ValueError(f"{type(model).__name__} is baked already")
     if not any(is_view(module) or ARGUMENTS in vars(module) for module in model.modules()):

@@ -116,9 +116,6 @@ def _check_arguments(model: nn.Module, recipe: Recipe, arithmetic: str) -> None:
         raise ValueError(f"prepare: arithmetic={arithmetic!r} is not allowed; choose one of {_ARITHMETIC}")
     if isinstance(uncompiled(model), FakeQuantizer):
         raise TypeError("prepare: the model is a FakeQuantizer itself; give the module whose weights it quantizes")
-    wrapped = next((c.__name__ for c in type(model).__mro__ if c.__name__ in _WRAPPERS), None)
-    if wrapped is not None:
-        raise ValueError(f"prepare: the model is wrapped in {wrapped}; call prepare() before wrapping it")
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
             raise ValueError(f"{name}: a lazy parameter has no shape yet; run one forward pass before prepare()")
@@ -126,6 +123,9 @@ def _check_arguments(model: nn.Module, recipe: Recipe, arithmetic: str) -> None:
             raise ValueError(
                 f"{name}: the parameter is sharded already (DTensor); call prepare between building and fully_shard"
             )
+    wrapped = next((c.__name__ for c in type(model).__mro__ if c.__name__ in _WRAPPERS), None)
+    if wrapped is not None:
+        raise ValueError(f"prepare: the model is wrapped in {wrapped}; call prepare() before wrapping it")
 
 
 def _check_prepared(model: nn.Module, recipe: Recipe, arithmetic: str) -> None:

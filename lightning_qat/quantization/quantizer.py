@@ -284,7 +284,8 @@ class FakeQuantizer(nn.Module):
                 self.zero_point.zero_()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if f"{prefix}_extra_state" not in state_dict:  # a float checkpoint: the scale belongs to other weights now
+        # A float checkpoint: the scale belongs to other weights now. Sharded loading leaves a placeholder there.
+        if not isinstance(state_dict.get(f"{prefix}_extra_state"), Tensor):
             self.reset()
             return
         for name in self.state_dict():  # a checkpoint in 16 bits, assigned instead of copied, would change the dtype

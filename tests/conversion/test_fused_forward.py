@@ -292,3 +292,21 @@ def test_export_sees_the_float_product() -> None:
     program = torch.export.export(baked, (x,))
     assert not [node for node in program.graph.nodes if "int_mm" in str(node.target)]
     torch.testing.assert_close(program.module()(x), baked(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "arithmetic"),
+    [(recipes.int4(), "simulated"), (recipes.w8a8(), "simulated"), (recipes.w8a8(), "integer")],
+)
+def test_compiled_as_one_graph_whatever_the_bits(recipe: Recipe, arithmetic: str) -> None:
+    model, x = nn.Sequential(nn.Linear(12, 9), nn.SiLU(), nn.Linear(9, 4)), torch.randn(6, 12)
+    prepare(model, recipe, arithmetic=arithmetic)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for bits in (8, 4):
+        for child in (model[0], model[2]):
+            child.weight_quantizer.set_grid(Int(bits))
+        for found, expected in zip(step(compiled, x), step(model, x), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
