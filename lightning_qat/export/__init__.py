@@ -13,7 +13,7 @@ from lightning_qat.export.gguf import Gguf
 from lightning_qat.export.onnx import Onnx
 from lightning_qat.export.pt2 import Pt2
 from lightning_qat.export.report import ExportReport
-from lightning_qat.export.safetensors import Safetensors, load
+from lightning_qat.export.safetensors import Safetensors, describe, load
 from lightning_qat.export.source import Source, read_source
 from lightning_qat.export.torchao import Torchao
 
@@ -31,6 +31,7 @@ __all__ = [
     "Source",
     "Torchao",
     "VerificationError",
+    "describe",
     "export",
     "formats",
     "load",

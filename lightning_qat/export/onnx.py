@@ -174,8 +174,10 @@ class _Session(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return one tensor, or a tuple."""
         names = [each.name for each in self.session.get_inputs()]
-        given = [tensor.detach().cpu().numpy() for tensor in tensors_of((args, kwargs))]
-        outputs = self.session.run(None, dict(zip(names, given, strict=True)))
+        given = {name: value for name, value in kwargs.items() if name in names}
+        others = tensors_of((args, {name: value for name, value in kwargs.items() if name not in given}))
+        given |= dict(zip([name for name in names if name not in given], others, strict=True))
+        outputs = self.session.run(None, {name: tensor.detach().cpu().numpy() for name, tensor in given.items()})
         tensors = tuple(torch.from_numpy(output) for output in outputs)
         return tensors[0] if len(tensors) == 1 else tensors
 

@@ -100,7 +100,7 @@ class Comparison:
                 raise ValueError(f"output {index} has shape {tuple(got.shape)} instead of {tuple(want.shape)}")
             self._add(want, got)
         if pairs and pairs[0][0].dim() > 1 and pairs[0][0].is_floating_point():
-            axis = 1 if pairs[0][0].dim() == 2 else -1
+            axis = -1 if pairs[0][0].dim() == 3 else 1  # [batch, time, classes], else [batch, classes, ...]
             same = pairs[0][0].argmax(axis) == pairs[0][1].argmax(axis)
             self.agreeing += int(same.sum())
             self.positions += same.numel()

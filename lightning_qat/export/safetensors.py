@@ -124,14 +124,7 @@ def load(path: str | Path, model: nn.Module | None = None, *, verify: bool = Tru
         DamagedFileError: truncated, changed, of another version, or no artifact.
         ValueError: a model of another architecture.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"load: path={str(path)!r} is not a file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the handle is no mapping
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise DamagedFileError(f"{path}: damaged or no safetensors file ({error})") from error
+    metadata, tensors = _open(path, with_tensors=True)
     description = _read_description(path, metadata)
     if verify and checksum(metadata[_DESCRIPTION], tensors.items()) != metadata.get(_CHECKSUM):
         raise DamagedFileError(f"{path}: the checksum does not match; the file was damaged or changed after the export")
@@ -141,6 +134,30 @@ def load(path: str | Path, model: nn.Module | None = None, *, verify: bool = Tru
         found: dict[str, QuantizedTensor | Tensor] = {**weights, **floats}
         return found | {name: found[first] for name, first in aliases.items()}
     return restore_baked(model, weights, inputs, floats, aliases)
+
+
+def describe(path: str | Path) -> dict[str, Any]:
+    """Return what a file says of itself: version, recipe (see ``Recipe.from_dict``), weights, inputs, ties.
+
+    Args:
+        path: the file; its tensors are not read.
+
+    Raises:
+        FileNotFoundError: no such file.
+        DamagedFileError: of another version, or no artifact.
+    """
+    return _read_description(path, _open(path)[0])
+
+
+def _open(path: str | Path, *, with_tensors: bool = False) -> tuple[dict[str, str], dict[str, Tensor]]:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"load: path={str(path)!r} is not a file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = file.keys() if with_tensors else ()
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise DamagedFileError(f"{path}: damaged or no safetensors file ({error})") from error
 
 
 def _read_description(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:

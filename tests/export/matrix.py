@@ -39,10 +39,10 @@ def outcome(row: str, format: str, folder: Path) -> str:
         report = export(model, folder / "model", format=format, batches=vectors())
     except RefusedError as error:
         return "refused: " + reason(str(error))
-    assert report.agreement == 1.0
     if report.exact:
         return "exact"
     assert report.sqnr is not None
+    assert report.agreement == 1.0 or report.sqnr < 100
     return f"bounded: > {next(bound for bound in BOUNDS if report.sqnr > bound)} dB"
 
 

@@ -1,5 +1,6 @@
 """The registry of formats: names, options, extras, and what a format of one's own needs."""
 
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch import Tensor
 import lightning_qat as qat
 from lightning_qat.export import Backend, Run, Source, VerificationError, export, formats, register
 from lightning_qat.export import backend as registry
+from lightning_qat.export.report import Comparison
 from tests.export.models import MLP, prepared, vectors
 
 
@@ -62,6 +64,21 @@ def own(monkeypatch: pytest.MonkeyPatch) -> type[Backend]:
             return torch.load(path, weights_only=True), run
 
     return Numbers
+
+
+def test_comparison() -> None:
+    comparison = Comparison()
+    image = torch.zeros(1, 3, 2, 2)
+    image[:, 1] = 1
+    other = image.clone()
+    other[0, 2, 0, 0] = 3
+    comparison.update({"a": image, "b": [torch.tensor(2.0)]}, {"a": other, "b": [torch.tensor(2.0)]})
+    assert comparison.max_abs == 3
+    assert comparison.agreement == 0.75
+    assert comparison.sqnr == pytest.approx(10 * math.log10(8 / 9))
+    assert not comparison.is_equal
+    with pytest.raises(ValueError, match="argument 2 is longer"):
+        comparison.update([image], [image, image])
 
 
 def test_own_format(own: type[Backend], tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import lightning_qat as qat
 from lightning_qat.export import DamagedFileError, RefusedError, VerificationError, export
@@ -92,6 +92,21 @@ def test_static_and_dynamic_inputs(tmp_path: Path) -> None:
     assert report.sqnr > 100
     count = collections.Counter(node.op_type for node in onnx.load(str(report.path)).graph.node)
     assert (count["QuantizeLinear"], count["DequantizeLinear"]) == (2, 4)
+
+
+def test_dict_batches(tmp_path: Path) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 4)
+
+        def forward(self, x: Tensor, shift: Tensor) -> dict[str, Tensor]:
+            return {"logits": self.fc(x) - shift}
+
+    batches = [{"shift": torch.randn(5, 4), "x": torch.randn(5, 8)}]  # another order than the forward's
+    report = export(prepared(Two, "int4"), tmp_path / "model.onnx", format="onnx", batches=batches)
+    assert report.sqnr is not None
+    assert report.sqnr > 100
 
 
 def test_size_and_privacy(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import lightning_qat as qat
-from lightning_qat.export import DamagedFileError, RefusedError, VerificationError, export, formats, load
+from lightning_qat.export import DamagedFileError, RefusedError, VerificationError, describe, export, formats, load
 from lightning_qat.quantization import recipes
 from tests.export.models import MLP, MODELS, TiedNet, prepared, vectors
 
@@ -147,8 +147,7 @@ def test_memory_is_mapped(artifact: Path) -> None:
 
 
 def test_description_says_how_the_model_was_quantized(artifact: Path) -> None:
-    with safe_open(artifact, "pt") as file:
-        description = json.loads(file.metadata()["lightning_qat"])
+    description = describe(artifact)
     assert qat.Recipe.from_dict(description["recipe"]) == recipes.int4()
     assert description["version"] == 1
     assert description["weights"]["up.weight"]["packing"] == "bits4"
