@@ -1,6 +1,13 @@
 """Quantization-aware training for PyTorch Lightning: one callback, any model, exact export."""
 
-from lightning_qat.callbacks import Calibration, Distillation, ProgressiveBitWidth, QATCallback
+from lightning_qat.callbacks import (
+    Calibration,
+    Distillation,
+    ExportCallback,
+    ProgressiveBitWidth,
+    QATCallback,
+    QuantizationStatistics,
+)
 from lightning_qat.conversion import (
     ConversionReport,
     bake,
@@ -29,9 +36,9 @@ from lightning_qat.quantization import (
     MinimumError,
     MovingAverage,
     Normalize,
+    Percentile,
     PerChannel,
     PerGroup,
-    Percentile,
     PerTensor,
     PerToken,
     Pi,
@@ -58,6 +65,7 @@ __all__ = [
     "Distillation",
     "ElementwiseScaling",
     "Entropy",
+    "ExportCallback",
     "FakeQuantizer",
     "Hadamard",
     "HalfInt",
@@ -76,6 +84,7 @@ __all__ = [
     "Pi",
     "ProgressiveBitWidth",
     "QATCallback",
+    "QuantizationStatistics",
     "QuantizedTensor",
     "QuantizerSpec",
     "Recipe",

@@ -4,7 +4,7 @@ import lightning_qat
 
 EXPECTED = {
     "AbsMax", "AbsMean", "Binary", "Calibration", "Center", "Clipped", "ConversionReport", "Distillation",
-    "ElementwiseScaling", "Entropy", "FakeQuantizer", "Hadamard", "HalfInt", "Int", "LayerSpec", "Learned",
+    "ElementwiseScaling", "Entropy", "ExportCallback", "FakeQuantizer", "Hadamard", "HalfInt", "Int", "LayerSpec", "Learned",
     "LearnedSoft", "MinimumError", "MovingAverage", "Normalize", "PerChannel", "PerGroup", "PerTensor", "PerToken",
     "Percentile", "Pi", "ProgressiveBitWidth", "QATCallback", "QuantizationStatistics", "QuantizedTensor",
     "QuantizerSpec", "Recipe", "Rule", "Soft", "StraightThrough", "Ternary", "bake", "calibrate", "codes",
