@@ -14,10 +14,13 @@ from rich.table import Table
 from torch import nn
 
 from lightning_qat.conversion import codes
+from lightning_qat.conversion.bake import BAKED_INPUT
 
 TITLES: Final = {"float": "float", "post_training": "post-training", "qat": "QAT"}
 """The three models that a run compares, in order, and what tables and plots call them."""
 
+
+_INPUT_SCALES: Final = (f"{BAKED_INPUT}.scale", f"{BAKED_INPUT}.zero_point")
 
 SHARES: Final = ("accuracy", "exact_match")
 """Metrics in 0 .. 1 that people read in percent."""
@@ -60,7 +63,10 @@ def num_bytes(model: nn.Module) -> int:
         quantized = {}
     packed = sum(tensor.num_bytes for tensor in quantized.values())
     plain = sum(p.numel() * p.element_size() for name, p in model.named_parameters() if name not in quantized)
-    return packed + plain + sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
+    # Outside the state_dict only the scales of inputs count: other buffers are copies that layers compute with.
+    stored = set(model.state_dict())
+    buffers = [b for name, b in model.named_buffers() if name in stored or name.endswith(_INPUT_SCALES)]
+    return packed + plain + sum(buffer.numel() * buffer.element_size() for buffer in buffers)
 
 
 def test_metrics(logged: Mapping[str, Any]) -> dict[str, float]:

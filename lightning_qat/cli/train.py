@@ -126,16 +126,16 @@ def _choices(cfg: DictConfig) -> dict[str, Any]:
     groups = ("data", "model", "recipe")
     if HydraConfig.initialized():
         runtime = HydraConfig.get()
-        names = {group: runtime.runtime.choices[group] for group in groups}
+        names = {group: runtime.runtime.choices.get(group) for group in (*groups, "experiment")}
         overrides = list(runtime.overrides.task)
     else:
-        names = {group: str(cfg[group]["_target_"]).rpartition(".")[2] for group in groups}
+        names = {group: str(cfg[group]["_target_"]).rpartition(".")[2] for group in groups} | {"experiment": None}
         overrides = []
     return {**names, "seed": cfg.seed, "overrides": overrides}
 
 
 def _title(metrics: dict[str, Any]) -> str:
-    return f"{metrics['data']}, {metrics['recipe']}"
+    return f"{metrics['data']}, {metrics['recipe']}" if metrics["experiment"] is None else metrics["experiment"]
 
 
 def _say_where(console: Console, folder: Path, report: ExportReport, seconds: float) -> None:

@@ -7,7 +7,20 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from torch import nn
 
-from lightning_qat import bake, codes, prepare, recipes
+from lightning_qat import (
+    Int,
+    LayerSpec,
+    MinimumError,
+    PerTensor,
+    QuantizerSpec,
+    Recipe,
+    Rule,
+    bake,
+    calibrate,
+    codes,
+    prepare,
+    recipes,
+)
 from lightning_qat.cli.plots import SweepPoint, largest_weight, run_figure, sweep_figure, weight_view
 from lightning_qat.cli.results import Measurement, num_bytes, results_table
 
@@ -32,6 +45,21 @@ def test_tied_weights_count_once() -> None:
     model[1].weight = model[0].weight
     prepare(model, recipes.int8())
     assert num_bytes(bake(model)) == 8 * 8 + 4 * 8
+
+
+def test_copies_that_layers_compute_with_do_not_count() -> None:
+    model = nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 512))
+    prepare(model, recipes.w8a8())
+    baked = bake(model)
+    assert num_bytes(baked) == 2 * (512 * 512 + 4 * 512 + 4 * 512)
+
+
+def test_scales_of_inputs_count() -> None:
+    spec = LayerSpec(QuantizerSpec(Int(8)), QuantizerSpec(Int(8, symmetric=False), PerTensor(), MinimumError()))
+    model = nn.Sequential(nn.Linear(16, 8, bias=False))
+    prepare(model, Recipe((Rule("*", spec),)))
+    calibrate(model, [torch.randn(4, 16)])
+    assert num_bytes(bake(model)) == 16 * 8 + 4 * 8 + 4 + 4  # codes, their scales, scale and zero point of the input
 
 
 def test_table_shows_the_metrics_in_order() -> None:

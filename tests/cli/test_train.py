@@ -43,8 +43,8 @@ def test_files_and_table(compose_job: Compose, tmp_path: Path, capsys: pytest.Ca
         "tensorboard/qat/hparams.yaml",
     }
     assert json.loads((folder / "metrics.json").read_text()) == metrics
-    assert list(metrics) == ["data", "model", "recipe", "seed", "overrides", "float", "post_training", "qat",
-                             "baked_equals_trained", "export", "seconds"]  # fmt: skip
+    assert list(metrics) == ["data", "model", "recipe", "experiment", "seed", "overrides", "float", "post_training",
+                             "qat", "baked_equals_trained", "export", "seconds"]  # fmt: skip
     assert all(set(metrics[key]) == MEASURED for key in ("float", "post_training", "qat"))
     assert metrics["float"]["bits_per_weight"] == 32
     assert metrics["qat"]["num_bytes"] == metrics["post_training"]["num_bytes"] < metrics["float"]["num_bytes"] / 3
