@@ -169,7 +169,8 @@ def unpack_words(words: Tensor, num_bits: int, columns: int) -> Tensor:
     rows = words.shape[0]
     filled = torch.nn.functional.pad(words, (0, -words.shape[1] % num_bits)).contiguous()
     levels = unpack_bits(filled.view(torch.uint8).flatten(), num_bits).reshape(rows, -1)
-    return levels[:, :columns].to(torch.int16) - 2 ** (num_bits - 1)
+    codes: Tensor = levels[:, :columns].to(torch.int16) - 2 ** (num_bits - 1)
+    return codes
 
 
 def _restored(found: Mapping[str, Tensor], name: str, num_bits: int) -> Tensor:

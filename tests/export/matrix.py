@@ -48,7 +48,7 @@ def outcome(row: str, format: str, folder: Path) -> str:
 
 def reason(message: str) -> str:
     """The reason in a refusal, without the format, the layer and the advice."""
-    text = re.sub(r"^format='\w+': ", "", message).split("; ")[0]
+    text = re.sub(r"^format='[\w-]+': ", "", message).split("; ")[0]
     return re.sub(r"^(up|down)(\.weight)?:? ", "", text)
 
 
