@@ -4,11 +4,12 @@ import lightning_qat
 
 EXPECTED = {
     "AbsMax", "AbsMean", "Binary", "Calibration", "Center", "Clipped", "ConversionReport", "Distillation",
-    "ElementwiseScaling", "Entropy", "ExportCallback", "FakeQuantizer", "Hadamard", "HalfInt", "Int", "LayerSpec", "Learned",
-    "LearnedSoft", "MinimumError", "MovingAverage", "Normalize", "PerChannel", "PerGroup", "PerTensor", "PerToken",
-    "Percentile", "Pi", "ProgressiveBitWidth", "QATCallback", "QuantizationStatistics", "QuantizedTensor",
-    "QuantizerSpec", "Recipe", "Rule", "Soft", "StraightThrough", "Ternary", "bake", "calibrate", "codes",
-    "float_weights", "load_checkpoint", "prepare", "recipes", "unprepare",
+    "ElementwiseScaling", "Entropy", "ExportCallback", "FakeQuantizer", "FeatureMatch", "Hadamard", "HalfInt",
+    "Int", "LayerSpec", "Learned", "LearnedSoft", "MinimumError", "MovingAverage", "Normalize", "PerChannel",
+    "PerGroup", "PerTensor", "PerToken", "Percentile", "Pi", "PlateauBitWidth", "ProgressiveBitWidth",
+    "QATCallback", "QuantizationStatistics", "QuantizedTensor", "QuantizerSpec", "Recipe", "Rule", "Soft",
+    "StraightThrough", "Ternary", "bake", "calibrate", "codes", "float_weights", "load_checkpoint", "prepare",
+    "recipes", "unprepare",
 }  # fmt: skip
 
 
