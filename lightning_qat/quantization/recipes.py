@@ -1,6 +1,7 @@
 """Named recipes. Each says what it rests on."""
 
 import difflib
+import inspect
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -82,13 +83,19 @@ def binary(group_size: int | None = None, scale_dtype: str = "float32") -> Recip
 
 
 def w8a8(group_size: int | None = None, scale_dtype: str = "float32") -> Recipe:
-    """8-bit weights and 8-bit inputs per token (convolutions: per sample), both absmax, straight-through."""
+    """8-bit weights and 8-bit inputs per token (convolutions: per sample), both absmax, straight-through.
+
+    Source: inputs per token as in ZeroQuant, arXiv:2206.01861; training as in LLM-QAT, arXiv:2305.17888.
+    """
     weight = QuantizerSpec(Int(8), _granularity(group_size), AbsMax(), StraightThrough(), scale_dtype)
     return Recipe((Rule("*", LayerSpec(weight, _int8_tokens()), source="w8a8"),))
 
 
 def w4a8(group_size: int | None = None, scale_dtype: str = "float32") -> Recipe:
-    """4-bit weights with learned scale, 8-bit inputs per token (convolutions: per sample)."""
+    """4-bit weights with learned scale, 8-bit absmax inputs per token (convolutions: per sample), straight-through.
+
+    Source: weights LSQ, arXiv:1902.08153; inputs per token as in LLM-QAT, arXiv:2305.17888.
+    """
     weight = QuantizerSpec(Int(4), _granularity(group_size), scale_dtype=scale_dtype)
     return Recipe((Rule("*", LayerSpec(weight, _int8_tokens()), source="w4a8"),))
 
@@ -125,17 +132,22 @@ def bitnet1(normalize: Normalize | None = None) -> Recipe:
 
 
 def piq3(group_size: int | None = None, scale_dtype: str = "float32") -> Recipe:
-    """3-bit weights with step alpha * pi / 4, alpha learned: the family of int3 at another learning rate."""
+    """3-bit weights with step alpha * pi / 4, alpha learned: the family of int3 at another learning rate of the scale.
+
+    Source: PiQ3 of the ruvLLM design; with a learned scale the same family as LSQ, arXiv:1902.08153.
+    """
     return _weight_only("piq3", Pi(3, 4), group_size, scale_dtype)
 
 
 def piq2(group_size: int | None = None, scale_dtype: str = "float32", seed: int = 0) -> Recipe:
-    """2-bit weights with step alpha * pi / 3 after a Hadamard rotation of linear layers (arXiv:2402.04396).
+    """2-bit weights with step alpha * pi / 3, alpha learned, after a Hadamard rotation of linear layers.
 
     Args:
         group_size: elements that share a scale; None means per channel.
         scale_dtype: storage dtype of scales.
         seed: of the rotation.
+
+    Source: PiQ2 of the ruvLLM design; the rotation QuIP#, arXiv:2402.04396.
     """
     weight = QuantizerSpec(Pi(2, 3), _granularity(group_size), scale_dtype=scale_dtype)
     rotated = LayerSpec(weight, transforms=(Hadamard(seed),))
@@ -189,7 +201,11 @@ def named(name: str, **arguments: Any) -> Recipe:
         near = difflib.get_close_matches(str(name), _NAMED, n=1, cutoff=0.4)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"recipes.named: {name!r} is not a recipe; choose one of {', '.join(names())}{hint}")
-    try:
-        return _NAMED[name](**arguments)
-    except TypeError as error:
-        raise TypeError(f"recipes.named({name!r}): {error}") from error
+    known = list(inspect.signature(_NAMED[name]).parameters)
+    unknown = [argument for argument in arguments if argument not in known]
+    if unknown:
+        raise TypeError(
+            f"recipes.named({name!r}, ...): {', '.join(unknown)} is no argument of this recipe; "
+            f"it takes {', '.join(known)}"
+        )
+    return _NAMED[name](**arguments)
