@@ -37,7 +37,7 @@ def forward(self: nn.Module, input: Tensor) -> Tensor:
     """Return what ``nn.Linear.forward`` returns for the quantized weight and input, as one function of autograd."""
     own_input = in_forward(self)
     dtype = product_dtype(self, input)
-    if torch.compiler.is_compiling() or dtype is None or not _ready(self, own_input):
+    if torch.compiler.is_exporting() or dtype is None or not _ready(self, own_input):
         return _unfused(self, input, own_input)
     integer = own_input and runs_on_integers(self, input.device.type, dtype)
     if not integer and (_watched(self) or not torch.is_grad_enabled()):
@@ -127,13 +127,14 @@ def float_reason(module: nn.Module) -> str | None:
     if not in_forward(module):
         return "the layer computes in a forward of its own, or another hook follows ours"
     weight = weight_quantizer(module, "weight")
-    if not (weight.grid.symmetric and quantizer.grid.symmetric):
+    family, of_input = weight.family, quantizer.family  # the grids would make torch.compile depend on their bits
+    if not (family.symmetric and of_input.symmetric):
         return "a zero point"
     if not isinstance(weight.spec.granularity, PerTensor | PerChannel):
         return "scales of the weight per group"
     if not isinstance(quantizer.spec.granularity, PerTensor | PerToken):
         return "scales of the input per group"
-    if quantizer.grid.offset or not fits_int8(weight.grid):
+    if of_input.offset or (family.offset and not fits_int8(weight.grid)):
         return "levels that are no 8-bit integers"
     wide = latent(module, "weight").shape[-1] >= MAX_FEATURES
     return "sums that could exceed 32 bits" if wide else None

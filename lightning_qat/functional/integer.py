@@ -1,6 +1,5 @@
 """Products of integer codes: int8 x int8 with int32 accumulation, exact, and whether they pay on a device."""
 
-import functools
 import time
 from collections.abc import Callable
 from typing import Final
@@ -16,6 +15,7 @@ _WORTHWHILE: Final = 1.25  # how many times faster integers must be to be chosen
 _SAMPLE: Final = (512, 512, 512)  # tokens, inputs, outputs of the product that is timed
 _REPETITIONS: Final = 5
 _DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
+_EXACT: Final[dict[str, bool]] = {}
 _MEASURED: Final[dict[tuple[str, torch.dtype], bool]] = {}
 
 
@@ -82,15 +82,20 @@ def _scaled(total: Tensor, a_scale: Tensor, b_scale: Tensor, shift: Tensor | Non
     return out if shift is None else out.add_(shift)
 
 
-@functools.cache
 def integers_are_exact(device: str) -> bool:
     """Whether a device multiplies int8 matrices, and exactly: some CPUs saturate sums of pairs at 16 bits.
+
+    Tried once per process. While ``torch.compile`` traces nothing can be tried: what was not tried before is not exact.
 
     Args:
         device: type of the device, such as ``"cpu"``.
     """
-    if device not in ("cpu", "cuda"):
-        return False
+    if device not in _EXACT and not torch.compiler.is_compiling():
+        _EXACT[device] = device in ("cpu", "cuda") and _try_extremes(device)
+    return _EXACT.get(device, False)
+
+
+def _try_extremes(device: str) -> bool:
     extremes = torch.tensor([-128, -127, 1, 127], dtype=torch.int8)
     a, b = extremes.repeat(8).unsqueeze(1).repeat(1, 64), extremes.repeat(2).unsqueeze(1).repeat(1, 64)
     try:

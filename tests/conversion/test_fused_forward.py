@@ -294,6 +294,7 @@ def test_export_sees_the_float_product() -> None:
     torch.testing.assert_close(program.module()(x), baked(x), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile does
 @pytest.mark.parametrize(
     ("recipe", "arithmetic"),
     [(recipes.int4(), "simulated"), (recipes.w8a8(), "simulated"), (recipes.w8a8(), "integer")],

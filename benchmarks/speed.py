@@ -1,0 +1,134 @@
+"""Time of a training step, quantized / float, and of fake quantization alone in copies of the tensor.
+
+    python -m benchmarks.speed --model S --precision fp32 --mode eager
+    python -m benchmarks.speed --elements 2048
+
+All variants take turns in one process; a row is the median of the ratios of neighbors. On a CPU the clock is the CPU
+time of the process, because other processes may share the cores; with more than one thread, that is not wall time.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.models import SHAPES, Model, training_step
+from benchmarks.output import machine, save, show
+from benchmarks.variants import variants
+from lightning_qat import AbsMax, FakeQuantizer, Int, Learned, PerChannel, QuantizerSpec, StraightThrough
+
+
+def seconds(run: Callable[[], object], device: str) -> float:
+    """Return how long a call takes."""
+    if device != "cuda":
+        start = time.process_time()
+        run()
+        return time.process_time() - start
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def measure(runs: dict[str, Callable[[], object]], device: str, *, budget: float, least: int) -> dict[str, list[float]]:
+    """Let all take turns until a time budget is spent."""
+    for run in runs.values():
+        run()
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    end = time.perf_counter() + budget
+    while time.perf_counter() < end or len(next(iter(times.values()))) < least:
+        for name, run in runs.items():
+            times[name].append(seconds(run, device))
+    return times
+
+
+def rows_of(times: dict[str, list[float]], base: str) -> list[dict[str, Any]]:
+    """Return median, smallest and largest ratio to the base, and the ratio of the fastest runs."""
+    rows = []
+    for name, taken in times.items():
+        ratios = [one / other for one, other in zip(taken, times[base], strict=True)]
+        rows.append(
+            {
+                "variant": name, "ratio": statistics.median(ratios), "min": min(ratios), "max": max(ratios),
+                "of fastest": min(taken) / min(times[base]), "ms": 1e3 * statistics.median(taken), "runs": len(taken),
+            }
+        )  # fmt: skip
+    return rows
+
+
+def step_times(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure training steps."""
+    batches = [Model(SHAPES[arguments.model]).example(arguments.device) for _ in range(arguments.micro_batches)]
+    runs = {}
+    for name, build in variants().items():
+        if name != "float" and arguments.only and name not in arguments.only:
+            continue
+        torch.manual_seed(0)
+        model = build(Model(SHAPES[arguments.model]).to(arguments.device))
+        forward = torch.compile(model, fullgraph=True) if arguments.mode == "compiled" else model
+        runs[name] = training_step(model, batches, arguments.precision, forward)
+    return rows_of(measure(runs, arguments.device, budget=arguments.seconds, least=arguments.repetitions), "float")
+
+
+class _NaiveQuantizer(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        scale = x.detach().abs().amax(1, keepdim=True).clamp(min=1e-8) / 8
+        return x + (torch.clamp(torch.round(x / scale), -8, 7) * scale - x).detach()
+
+
+def quantizer_times(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure forward and backward of fake quantization alone."""
+    size = arguments.elements, arguments.elements
+    x, grad = torch.randn(size, device=arguments.device).requires_grad_(), torch.randn(size, device=arguments.device)
+    specs = {
+        "dynamic": QuantizerSpec(Int(4), PerChannel(), AbsMax(), StraightThrough()),
+        "learned": QuantizerSpec(Int(4), PerChannel(), Learned(init=AbsMax())),
+    }
+    modules: dict[str, nn.Module] = {name: FakeQuantizer(spec, size).to(x.device) for name, spec in specs.items()}
+    modules |= {f"{name} compiled": torch.compile(module) for name, module in modules.items()}
+    modules["naive"] = _NaiveQuantizer()
+
+    def run(module: nn.Module) -> Callable[[], None]:
+        def forward_and_backward() -> None:
+            x.grad = None
+            module(x).backward(grad)
+
+        return forward_and_backward
+
+    runs: dict[str, Callable[[], object]] = {"clone": lambda: x.detach().clone()}
+    runs |= {name: run(module) for name, module in modules.items()}
+    return rows_of(measure(runs, arguments.device, budget=arguments.seconds, least=arguments.repetitions), "clone")
+
+
+def main() -> None:
+    """Measure, print and save."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=SHAPES, default="S")
+    parser.add_argument("--precision", choices=("fp32", "bf16-mixed"), default="fp32")
+    parser.add_argument("--mode", choices=("eager", "compiled"), default="eager")
+    parser.add_argument("--micro-batches", type=int, default=1)
+    parser.add_argument("--elements", type=int, help="measure fake quantization of a square matrix instead")
+    parser.add_argument("--only", nargs="*", help="names of variants, beside float")
+    parser.add_argument("--seconds", type=float, default=120.0, help="measure for so long, compilation not counted")
+    parser.add_argument("--repetitions", type=int, default=5, help="but at least so often")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.png")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    rows = quantizer_times(arguments) if arguments.elements else step_times(arguments)
+    print(", ".join(f"{key}: {value}" for key, value in machine().items()))
+    show(rows)
+    if arguments.output:
+        settings = {key: getattr(arguments, key) for key in ("model", "precision", "mode", "micro_batches", "elements")}
+        save(arguments.output, settings, rows, "ratio")
+
+
+if __name__ == "__main__":
+    main()
