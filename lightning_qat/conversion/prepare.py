@@ -96,6 +96,8 @@ def convert(model: nn.Module, recipe: Recipe, *, arithmetic: str = "auto") -> Co
     _check_arguments(model, recipe, arithmetic)
     _check_prepared(model, recipe, arithmetic)
     built = [parts for decision in plan(layers(model), recipe) for parts in _build(decision)]
+    if built:  # a model that is prepared already may be wrapped since
+        _check_unwrapped(model, [parts.owner for parts in built])
     for parts in built:
         _attach(parts)
         setattr(parts.owner.module, ARITHMETIC, arithmetic)
@@ -119,9 +121,14 @@ def _check_arguments(model: nn.Module, recipe: Recipe, arithmetic: str) -> None:
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
             raise ValueError(f"{name}: a lazy parameter has no shape yet; run one forward pass before prepare()")
-        if is_sharded(parameter):
+
+
+def _check_unwrapped(model: nn.Module, owners: list[Weight]) -> None:
+    for owner in owners:
+        if is_sharded(latent(owner.module, owner.slot)):
             raise ValueError(
-                f"{name}: the parameter is sharded already (DTensor); call prepare between building and fully_shard"
+                f"{owner.name}: the parameter is sharded already (DTensor); call prepare between building and "
+                "fully_shard"
             )
     wrapped = next((c.__name__ for c in type(model).__mro__ if c.__name__ in _WRAPPERS), None)
     if wrapped is not None:
