@@ -1,6 +1,8 @@
 """A copy of a baked model that holds integer codes instead of float weights and dequantizes them when it reads them."""
 
 import copy
+from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,19 +53,21 @@ def rebuilt(weight: QuantizedTensor, parts: dict[str, Any]) -> QuantizedTensor:
     )  # fmt: skip
 
 
-class _Recorder(nn.Module):
-    """Stands in for a model and remembers what it is called with."""
+def standing_in(model: nn.Module, call: Callable[..., Any]) -> nn.Module:
+    """Return a shallow copy of a model that computes something else when it is called.
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.args: tuple[Any, ...] | None = None
-        self.kwargs: dict[str, Any] = {}
+    Its other methods, such as ``predict_step``, are the model's own, so that whatever runs the model runs this, too.
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model."""
-        self.args, self.kwargs = args, kwargs
-        return self.model(*args, **kwargs)
+    Args:
+        model: stays as it is.
+        call: takes the arguments of the model's ``forward``; the model's hooks are its affair.
+    """
+    stand = copy.copy(model)
+    hooks: dict[str, Any] = {
+        name: OrderedDict() for name, value in vars(model).items() if "forward" in name and name.endswith("hooks")
+    }
+    vars(stand).update(hooks, forward=call, _compiled_call_impl=None)
+    return stand
 
 
 def example_arguments(source: Source) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -74,9 +78,14 @@ def example_arguments(source: Source) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """
     if not source.batches:
         raise ValueError("export: this format traces the model and needs a real input; give batches=[one or more]")
-    recorder = _Recorder(source.model)
+    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def record(*args: Any, **kwargs: Any) -> Any:
+        seen.append((args, kwargs))
+        return source.model(*args, **kwargs)
+
     with torch.no_grad():
-        source.forward(recorder, source.batches[0])
-    if recorder.args is None:
+        source.forward(standing_in(source.model, record), source.batches[0])
+    if not seen:
         raise ValueError("export: forward= does not call the model; this format exports what model(...) computes")
-    return recorder.args, recorder.kwargs
+    return seen[0]

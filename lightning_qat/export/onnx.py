@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Final, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from lightning_qat.export.backend import Backend, Run, register
+from lightning_qat.export.compressed import standing_in
 from lightning_qat.export.errors import DamagedFileError
 from lightning_qat.export.onnx_inputs import with_onnx_inputs
 from lightning_qat.export.onnx_weights import LinearCodes, linear_codes
@@ -103,8 +104,8 @@ class Onnx(Backend):
                 zero_point = constants.get(name + _ZERO_POINT)
                 parts = LinearCodes(constants[name + _CODES], constants[name + _SCALE], zero_point, 0, 0, "")
                 weights[name] = parts.dequantize(weight)
-        session = _Session(path, self.accuracy_level)
-        return weights, lambda batch: source.forward(session, batch)
+        stand = standing_in(source.model, _Session(path, self.accuracy_level))
+        return weights, lambda batch: source.forward(stand, batch)
 
 
 def _forget_origin(model: Any) -> None:
@@ -159,11 +160,10 @@ def _initializer(graph: Any, name: str, value: Tensor, onnx_type: str) -> str:
 
 
 @final
-class _Session(nn.Module):
+class _Session:
     """Runs a file in ONNX Runtime on the CPU, called like the model."""
 
     def __init__(self, path: Path, accuracy_level: int) -> None:
-        super().__init__()
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -171,7 +171,7 @@ class _Session(nn.Module):
         options.log_severity_level = 3
         self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return one tensor, or a tuple."""
         names = [each.name for each in self.session.get_inputs()]
         given = {name: value for name, value in kwargs.items() if name in names}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_qat.export.backend import Backend, Run, register
-from lightning_qat.export.compressed import compress, example_arguments, parts_of, rebuilt
+from lightning_qat.export.compressed import compress, example_arguments, parts_of, rebuilt, standing_in
 from lightning_qat.export.errors import DamagedFileError
 from lightning_qat.export.report import tensors_of
 from lightning_qat.export.source import Source
@@ -55,8 +55,8 @@ class Pt2(Backend):
             name: rebuilt(weight, {part: state[f"{name}_{part}"] for part in parts_of(weight)}).dequantize()
             for name, weight in source.weights.items()
         }
-        module: Any = program.module()
-        return weights, lambda batch: source.forward(module, batch)
+        stand = standing_in(source.model, program.module())
+        return weights, lambda batch: source.forward(stand, batch)
 
 
 def trace(model: nn.Module, source: Source, dynamic_dims: Sequence[int]) -> torch.export.ExportedProgram:

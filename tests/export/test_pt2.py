@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 from torch import Tensor, nn
@@ -58,7 +59,33 @@ def test_other_forwards(tmp_path: Path) -> None:
     )
     assert report.exact
     with pytest.raises(ValueError, match="forward= does not call the model"):
-        export(model, tmp_path / "c.pt2", format="pt2", batches=pairs, forward=lambda m, b: m.model.fc(b[0]))
+        export(model, tmp_path / "c.pt2", format="pt2", batches=pairs, forward=lambda m, b: m.fc(b[0]))
+
+
+def test_lightning_module(tmp_path: Path) -> None:
+    """What predict_step makes of the output is compared, too, though the file holds the forward alone."""
+
+    class Module(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = MLP()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x)  # type: ignore[no-any-return]
+
+        def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return self(batch).argmax(-1)  # type: ignore[no-any-return]
+
+    model = prepared(Module, "int4")
+    path = tmp_path / "model.pt2"
+    assert export(model, path, format="pt2", batches=vectors(), forward=lambda m, b: m.predict_step(b, 0)).exact
+    assert torch.export.load(path).module()(vectors(1)[0]).shape == (9, 6)
+
+
+def test_a_single_layer_with_a_quantized_input(tmp_path: Path) -> None:
+    """The hook that quantizes the input sits on the model itself, and acts once."""
+    model = prepared(lambda: nn.Linear(32, 6), "w8a8")
+    assert export(model, tmp_path / "model.pt2", format="pt2", batches=vectors()).exact
 
 
 def test_runs_without_our_code(tmp_path: Path) -> None:
