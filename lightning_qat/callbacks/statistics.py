@@ -53,7 +53,7 @@ class QuantizationStatistics(pl.Callback):
 
     def __init__(
         self,
-        every_n_steps: int = 200,
+        every_n_steps: int = 100,
         *,
         max_values: int = 65536,
         oscillation_samples: int = 0,
@@ -217,7 +217,8 @@ class QuantizationStatistics(pl.Callback):
     def _draw(self, trainer: "pl.Trainer") -> None:
         if self.history.steps:
             for writer in writers(trainer.loggers):
-                figure = heat_map(self.history.layers, self.history.steps, self.history.table())
+                layers = [name.removesuffix("/weight") for name in self.history.layers]
+                figure = heat_map(layers, self.history.steps, self.history.table())
                 writer.add_figure("quantization/heat_map", figure, self.history.steps[-1], close=False)
 
 
@@ -257,11 +258,14 @@ def _total(pl_module: nn.Module, present: list[Slot], rows: dict[str, dict[str, 
     if inputs:
         found["total/input"] = totals((1, rows[slot.name]) for slot in inputs)
     num_bytes = sum(rows[slot.name]["size"] for slot in weights)
+    bits = sum(n * slot.quantizer.grid.bits_per_weight for n, slot in zip(sizes, weights, strict=True))
     own = {id(latent(slot.module, slot.kind)) for slot in weights}
     own |= {id(parameter) for slot in present for parameter in slot.quantizer.parameters()}
     others = sum(p.numel() for p in pl_module.parameters() if id(p) not in own)
     total = num_bytes + 4 * others
     found["total"] = {"effective_bits": 8 * total / (sum(sizes) + others), "size": float(total)}
+    if weights:
+        found["total"]["bits"] = bits / sum(sizes)
     return found
 
 

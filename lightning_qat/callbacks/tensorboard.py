@@ -29,7 +29,7 @@ Where to look:
 | `zero_rate` | share that is exactly zero |
 | `scale_min`, `scale_median`, `scale_max` | distance of neighboring levels |
 | `gradient_norm` | size of the gradient that reaches the latent weight |
-| `effective_bits`, `size` | bits per weight with scales, and bytes |
+| `bits`, `effective_bits`, `size` | bits per code (log2 of the levels), per weight with scales, and bytes |
 | `oscillation_rate`, `flip_rate` | share of weights that change their code back and forth, or at all, per step |
 """
 
@@ -42,32 +42,32 @@ def layout() -> dict[str, dict[str, list[Any]]]:
 
     return {
         "Quantization of the whole model": {
-            "Bits per weight (as trained now; 'total' counts scales and float parameters)": [
+            "Bits of codes; effective bits of all parameters": [
                 "Multiline",
-                [r"quantization/bits", r"quantization/total/effective_bits$"],
+                [r"quantization/total/(bits|effective_bits)$"],
             ],
-            "Signal-to-noise ratio in dB (higher is better, about 6 dB per bit)": [
+            "Signal-to-noise ratio in dB, high is good": [
                 "Multiline",
                 [r"quantization/total/.*/sqnr$"],
             ],
             "Size in bytes": ["Multiline", [r"quantization/total/size$"]],
             "Distillation: losses": ["Multiline", [r"distillation/(task_loss|loss|features)$"]],
-            "Distillation: agreement with the teacher (1 is best)": ["Multiline", [r"distillation/top1_agreement$"]],
+            "Distillation: agreement, 1 is best": ["Multiline", [r"distillation/top1_agreement$"]],
         },
         "Weights, one line per layer": {
-            "Signal-to-noise ratio in dB (higher is better)": layers("weight", "sqnr"),
-            "Share outside the range (gradient masked; lower is better)": layers("weight", "clip_rate"),
-            "Bits of the width in use (0: dead layer)": layers("weight", "entropy"),
+            "Signal-to-noise ratio in dB, high is good": layers("weight", "sqnr"),
+            "Share outside the range, low is good": layers("weight", "clip_rate"),
+            "Bits in use, 0 is a dead layer": layers("weight", "entropy"),
             "Share of zeros": layers("weight", "zero_rate"),
-            "Median scale (a line that falls to 0 has collapsed)": layers("weight", "scale_median"),
-            "Norm of the gradient through the quantizer": layers("weight", "gradient_norm"),
-            "Share of oscillating weights (lower is better)": layers("weight", "oscillation_rate"),
+            "Median scale, 0 is a collapse": layers("weight", "scale_median"),
+            "Norm of the gradient of the weight": layers("weight", "gradient_norm"),
+            "Share that oscillates, low is good": layers("weight", "oscillation_rate"),
             "Share of codes that change in a step": layers("weight", "flip_rate"),
         },
         "Inputs, one line per layer": {
-            "Signal-to-noise ratio in dB (higher is better)": layers("input", "sqnr"),
-            "Share outside the range (lower is better)": layers("input", "clip_rate"),
-            "Bits of the width in use": layers("input", "entropy"),
+            "Signal-to-noise ratio in dB, high is good": layers("input", "sqnr"),
+            "Share outside the range, low is good": layers("input", "clip_rate"),
+            "Bits in use": layers("input", "entropy"),
         },
     }
 
@@ -111,13 +111,13 @@ def heat_map(layers: Sequence[str], steps: Sequence[int], sqnr: Tensor) -> Figur
         steps: of the columns, ascending.
         sqnr: signal-to-noise ratios in dB, [layers, steps].
     """
-    figure = Figure(figsize=(10, 1.5 + 0.28 * len(layers)), layout="constrained")
+    figure = Figure(figsize=(6, 1.2 + 0.24 * len(layers)), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     edges = [*steps, steps[-1] + (steps[-1] - steps[-2] if len(steps) > 1 else 1)]
     image = axes.pcolormesh(edges, range(len(layers) + 1), sqnr.numpy(), cmap="viridis")
-    axes.set_yticks([row + 0.5 for row in range(len(layers))], layers, fontsize=8)
+    axes.set_yticks([row + 0.5 for row in range(len(layers))], layers, fontsize=9)
     axes.invert_yaxis()
     axes.set_xlabel("step")
-    axes.set_title("Signal-to-noise ratio of the weights (dark layers lose the most; about 6 dB per bit)", fontsize=10)
+    axes.set_title("Signal-to-noise ratio of the weights; dark rows lose most", fontsize=10)
     figure.colorbar(image, ax=axes, label="dB")
     return figure

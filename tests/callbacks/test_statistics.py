@@ -113,6 +113,7 @@ def test_totals() -> None:
     assert row["quantization/total/weight/sqnr"] == pytest.approx(-10 * math.log10(ratio), rel=1e-5)
     num_bytes = sum(row[f"quantization/{layer}/weight/size"] for layer in sizes) + 4 * (8 + 3)
     assert row["quantization/total/size"] == num_bytes
+    assert row["quantization/total/bits"] == 4.0
     assert row["quantization/total/effective_bits"] == pytest.approx(8 * num_bytes / 83)
 
 
@@ -216,7 +217,7 @@ def test_every_chart_of_the_layout_finds_its_scalars(tmp_path: Path) -> None:
     empty = [
         name for name, patterns in charts.items() if not any(re.match(p, tag) for p in patterns for tag in scalars)
     ]
-    assert empty == ["Distillation: losses", "Distillation: agreement with the teacher (1 is best)"]
+    assert empty == ["Distillation: losses", "Distillation: agreement, 1 is best"]
 
 
 def test_history_is_bounded_and_resumes(tmp_path: Path) -> None:
