@@ -28,7 +28,7 @@ from lightning_qat.cli.stages import (
     train_quantized,
 )
 from lightning_qat.conversion import bake
-from lightning_qat.export import ExportReport, export
+from lightning_qat.export import ExportReport, describe, export
 from lightning_qat.export.backend import backend_for
 
 FLOAT_CACHE: Final = "float"
@@ -41,8 +41,8 @@ def train(cfg: DictConfig, *, float_cache: Path | None = None) -> tuple[dict[str
     """Run the main job and leave its files in ``cfg.output_dir``.
 
     Files: ``metrics.json``, ``results.png``, ``layers.txt`` (what became of each weight), ``config.yaml`` (resolved),
-    the exported ``model.*`` with its report, ``checkpoints/float.ckpt`` and ``qat.ckpt``, ``tensorboard/float`` and
-    ``tensorboard/qat``.
+    the exported ``model.*`` with its report (and ``model.json``, what the safetensors file says of itself),
+    ``checkpoints/float.ckpt`` and ``qat.ckpt``, ``tensorboard/float`` and ``tensorboard/qat``.
 
     Args:
         cfg: composed from ``conf/train.yaml``, with an ``output_dir`` that needs no Hydra to resolve.
@@ -106,7 +106,10 @@ def _export(cfg: DictConfig, objects: dict[str, Any], folder: Path) -> ExportRep
     suffix = backend_for(cfg.export.format, options).suffix
     batches = islice(objects["data"].test_dataloader(), _VERIFIED_BATCHES)
     path = folder / f"model{suffix}"
-    return export(objects["model"], path, format=cfg.export.format, batches=batches, forward=run_batch, **options)
+    report = export(objects["model"], path, format=cfg.export.format, batches=batches, forward=run_batch, **options)
+    if cfg.export.format == "safetensors":
+        write_json(folder / "model.json", describe(path))
+    return report
 
 
 def _write_files(cfg: DictConfig, folder: Path, objects: dict[str, Any], metrics: dict[str, Any]) -> None:

@@ -36,6 +36,7 @@ def test_files_and_table(compose_job: Compose, tmp_path: Path, capsys: pytest.Ca
         "config.yaml",
         "layers.txt",
         "metrics.json",
+        "model.json",
         "model.safetensors",
         "model.safetensors.report.json",
         "results.png",
@@ -48,6 +49,8 @@ def test_files_and_table(compose_job: Compose, tmp_path: Path, capsys: pytest.Ca
     assert all(set(metrics[key]) == MEASURED for key in ("float", "post_training", "qat"))
     assert metrics["float"]["bits_per_weight"] == 32
     assert metrics["qat"]["num_bytes"] == metrics["post_training"]["num_bytes"] < metrics["float"]["num_bytes"] / 3
+    description = json.loads((folder / "model.json").read_text())
+    assert description["version"] and "backbone.blocks.0.attention.qkv.weight" in str(description)
     out = capsys.readouterr().out
     for text in ("float", "post-training", "QAT", "accuracy", "loss", "size in bytes", "bits per weight", str(folder)):
         assert text in out
