@@ -50,7 +50,8 @@ def test_files_and_table(compose_job: Compose, tmp_path: Path, capsys: pytest.Ca
     assert metrics["float"]["bits_per_weight"] == 32
     assert metrics["qat"]["num_bytes"] == metrics["post_training"]["num_bytes"] < metrics["float"]["num_bytes"] / 3
     description = json.loads((folder / "model.json").read_text())
-    assert description["version"] and "backbone.blocks.0.attention.qkv.weight" in str(description)
+    assert description["version"]
+    assert "backbone.blocks.0.attention.qkv.weight" in str(description)
     out = capsys.readouterr().out
     for text in ("float", "post-training", "QAT", "accuracy", "loss", "size in bytes", "bits per weight", str(folder)):
         assert text in out
