@@ -63,15 +63,35 @@ def _is_loader(value: Any) -> bool:
     return isinstance(value, DataLoader)
 
 
-def in_turn(loaders: Mapping[str, Any], *, start: int, stop: int, step: int) -> Iterator[tuple[str, Any]]:
-    """Yield (name, batch) of several loaders in turn, of each the batches ``start:stop:step``.
+def in_turn(loaders: Mapping[str, Any], *, num_batches: int, rank: int, world_size: int) -> Iterator[tuple[str, Any]]:
+    """Yield (name, batch) of several loaders in turn, of each the share of one process.
 
-    >>> list(in_turn({"a": [1, 2, 3], "b": [4]}, start=0, stop=2, step=1))
+    Every process gets as many batches as the others, because sharded models run in step: what is left over is not used,
+    and where there are fewer batches than processes, the last one serves several.
+
+    Args:
+        loaders: by name.
+        num_batches: most batches of each loader per process.
+        rank: of this process.
+        world_size: number of processes.
+
+    >>> list(in_turn({"a": [1, 2, 3], "b": [4]}, num_batches=2, rank=0, world_size=1))
     [('a', 1), ('b', 4), ('a', 2)]
+    >>> list(in_turn({"a": [1, 2, 3], "b": [4]}, num_batches=2, rank=1, world_size=2))
+    [('a', 2), ('b', 4)]
     """
-    parts = [itertools.islice(iterate(loader), start, stop, step) for loader in loaders.values()]
-    for turn in itertools.zip_longest(*parts, fillvalue=_MISSING):
+    shares = [itertools.islice(_share(loader, rank, world_size), num_batches) for loader in loaders.values()]
+    for turn in itertools.zip_longest(*shares, fillvalue=_MISSING):
         yield from ((name, batch) for name, batch in zip(loaders, turn, strict=True) if batch is not _MISSING)
+
+
+def _share(loader: Any, rank: int, world_size: int) -> Iterator[Any]:
+    batches = iterate(loader)
+    part = list(itertools.islice(batches, world_size))
+    if part:
+        yield part[min(rank, len(part) - 1)]
+    while len(part := list(itertools.islice(batches, world_size))) == world_size:
+        yield part[rank]
 
 
 def num_samples(batch: Any) -> int:

@@ -15,8 +15,8 @@ from typing_extensions import override
 
 from lightning_qat.callbacks.attachment import averaged_models
 from lightning_qat.callbacks.batches import check_loaders, describe_shares, flattened, in_turn, num_samples, reads_once
-from lightning_qat.callbacks.running import Forward, call_module, eager, find_forward
-from lightning_qat.callbacks.untouched import untouched_loaders, untouched_module, untouched_randomness
+from lightning_qat.callbacks.running import Forward, call_module, find_forward
+from lightning_qat.callbacks.untouched import without_trace
 from lightning_qat.conversion.calibrate import (
     calibration_state,
     find_input_scales,
@@ -24,6 +24,7 @@ from lightning_qat.conversion.calibrate import (
     stored_inputs,
     uncalibrated,
 )
+from lightning_qat.conversion.undisturbed import undisturbed_loaders
 
 _FORMAT: Final = "lightning_qat.calibration"
 _VERSION: Final = 1
@@ -95,9 +96,9 @@ class Calibration(pl.Callback):
         if not missing:
             rank_zero_info("Calibration: nothing to calibrate, every scale is known or recomputed.")
             return
-        with untouched_randomness(), untouched_module(pl_module), eager(pl_module):
+        with without_trace(pl_module):
             loaders = self._loaders(trainer)
-            with untouched_loaders(flattened(loaders.values())), trainer.precision_plugin.forward_context():
+            with undisturbed_loaders(flattened(loaders.values())), trainer.precision_plugin.forward_context():
                 run, batches = self._runner(pl_module, self._batches(trainer, pl_module, loaders))
                 find_input_scales(pl_module, missing, batches, run)
         self.samples = _summed(trainer, self.samples)
@@ -120,10 +121,10 @@ class Calibration(pl.Callback):
     def _batches(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", loaders: dict[str, Any]
     ) -> Iterator[Any]:
-        """Yield prepared batches of all domains in turn: every world_size-th of each, from this process's rank on."""
+        """Yield this process's share of the batches of all domains, prepared as for training."""
         self.samples = dict.fromkeys(loaders, 0)
-        world = max(1, trainer.world_size)
-        for name, batch in in_turn(loaders, start=trainer.global_rank, stop=self.num_batches * world, step=world):
+        share = {"num_batches": self.num_batches, "rank": trainer.global_rank, "world_size": trainer.world_size}
+        for name, batch in in_turn(loaders, **share):
             batch = trainer.precision_plugin.convert_input(batch)
             batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
             batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)

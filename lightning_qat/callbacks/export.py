@@ -10,8 +10,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from lightning_qat.callbacks.batches import flattened, iterate, reads_once
-from lightning_qat.callbacks.running import Forward, call_module, eager
-from lightning_qat.callbacks.untouched import untouched_loaders, untouched_module, untouched_randomness
+from lightning_qat.callbacks.running import Forward, call_module
+from lightning_qat.callbacks.untouched import without_trace
+from lightning_qat.conversion.undisturbed import undisturbed_loaders
 from lightning_qat.export import export
 from lightning_qat.export.backend import backend_for
 
@@ -70,9 +71,9 @@ class ExportCallback(pl.Callback):
 
     def _export(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         path = Path(trainer.default_root_dir) / self.path
-        with untouched_randomness(), untouched_module(pl_module), eager(pl_module):
+        with without_trace(pl_module):
             loader = self._loader(trainer)
-            with untouched_loaders(flattened([loader])):
+            with undisturbed_loaders(flattened([loader])):
                 batches = list(self._batches(trainer, pl_module, loader))
                 run = self.forward or call_module
                 report = export(pl_module, path, format=self.format, batches=batches, forward=run, **self.options)

@@ -198,12 +198,13 @@ def _following_weights(model: nn.Module) -> Iterator[None]:
     with reading_latents(model):
         yield
     for module, fingerprint in before.items():
-        if _fingerprint(module) != fingerprint:
+        after = _fingerprint(module)
+        if after and after != fingerprint:
             mark_stale(module)
 
 
 def _fingerprint(module: nn.Module) -> list[tuple[float, float]]:
-    """Return what changes with the latent weights of a layer, also where they are written through ``.data``."""
+    """Return what changes with the latent weights of a layer, also where ``.data`` is written; nothing for shards."""
     weights = [latent(module, name).detach() for name in view_names(module)]
     here = [weight for weight in weights if not weight.is_meta and not is_sharded(weight)]
     return [(float(w.sum(dtype=torch.float64)), float(vector_norm(w, dtype=torch.float64))) for w in here]

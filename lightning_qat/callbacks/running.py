@@ -1,25 +1,13 @@
 """How to run a LightningModule on a batch of training data, outside a step."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 Forward = Callable[[Any, Any], Any]
-
-
-@contextmanager
-def eager(model: nn.Module) -> Iterator[None]:
-    """Run compiled parts of a model uncompiled inside; observing them would compile them once more."""
-    compiled = getattr(model, "_compiler_ctx", None) is not None
-    compiled = compiled or any(
-        module._compiled_call_impl is not None or "_orig_mod" in module._modules for module in model.modules()
-    )
-    with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
-        yield
 
 
 def find_forward(pl_module: nn.Module, batch: Any) -> Forward:

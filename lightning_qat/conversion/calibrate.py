@@ -1,15 +1,14 @@
 """calibrate(): scales of inputs from data, without a trace elsewhere."""
 
-import random
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_qat.conversion.sharding import find_scale_of
 from lightning_qat.conversion.state import quantizers, refresh_scales
+from lightning_qat.conversion.undisturbed import eagerly, evaluating, undisturbed_loaders, undisturbed_randomness
 from lightning_qat.quantization.quantizer import FakeQuantizer
 
 
@@ -58,7 +57,7 @@ def find_input_scales(
         return {}
     refresh_scales(model)
     run = forward or default_forward
-    with _undisturbed(model), _undisturbed_order(batches), _eager(model), torch.no_grad():
+    with undisturbed_randomness(), undisturbed_loaders([batches]), evaluating(model), eagerly(model), torch.no_grad():
         try:
             for quantizer in targets.values():
                 quantizer.observer = quantizer.new_observer()
@@ -83,7 +82,7 @@ def _finish(targets: dict[str, FakeQuantizer]) -> dict[str, int]:
             "or a forward= that uses the layer, or leave its input in float with a rule"
         )
     for quantizer in targets.values():
-        quantizer.find_scale()
+        find_scale_of(quantizer)
     return seen
 
 
@@ -92,44 +91,6 @@ def default_forward(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, dict):
         return model(**batch)
     return model(batch[0] if isinstance(batch, tuple | list) else batch)
-
-
-@contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Restore random number generators and training flags afterwards."""
-    training = {module: module.training for module in model.modules()}
-    state, cuda = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    numpy_state, python_state = np.random.get_state(), random.getstate()
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, flag in training.items():
-            module.training = flag
-        torch.set_rng_state(state)
-        torch.cuda.set_rng_state_all(cuda) if cuda else None
-        np.random.set_state(numpy_state)
-        random.setstate(python_state)
-
-
-@contextmanager
-def _undisturbed_order(batches: Iterable[Any]) -> Iterator[None]:
-    """Restore the generators that a DataLoader and its samplers draw the order of the data from."""
-    sampler = getattr(batches, "batch_sampler", None)
-    holders = (batches, getattr(batches, "sampler", None), sampler, getattr(sampler, "sampler", None))
-    values = [value for holder in holders for value in getattr(holder, "__dict__", {}).values()]
-    states = {value: value.get_state() for value in values if isinstance(value, torch.Generator)}
-    try:
-        yield
-    finally:
-        for generator, state in states.items():
-            generator.set_state(state)
-
-
-def _eager(model: nn.Module) -> AbstractContextManager[Any]:
-    """Observing counts values in Python: compiled modules run as they are written meanwhile."""
-    compiled = any("_orig_mod" in dict(m.named_children()) or m._compiled_call_impl for m in model.modules())
-    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 def calibration_state(model: nn.Module) -> dict[str, Tensor]:

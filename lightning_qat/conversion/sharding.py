@@ -39,15 +39,20 @@ def refuse_mixed_dtypes(name: str, weight: Tensor, quantizer: FakeQuantizer) -> 
 
 
 @torch.no_grad()
-def find_scale_of(quantizer: FakeQuantizer, weight: Tensor) -> None:
-    """Find a stored scale, also where weight and scale are sharded; then all processes must call this."""
+def find_scale_of(quantizer: FakeQuantizer, weight: Tensor | None = None) -> None:
+    """Find a stored scale from a weight, or from what its observer has seen.
+
+    Where weight or scale are sharded, all processes must call this.
+    """
     if not is_sharded(quantizer.scale):
         quantizer.find_scale(weight)
         return
     from torch.distributed.tensor import distribute_tensor
 
-    alone = FakeQuantizer(quantizer.spec, tuple(weight.shape), quantizer.layout, name=quantizer.name).to(weight.device)
+    shape = () if weight is None else tuple(weight.shape)
+    alone = FakeQuantizer(quantizer.spec, shape, quantizer.layout, name=quantizer.name).to(quantizer.scale.device)
     alone.set_grid(quantizer.grid)
+    alone.observer = quantizer.observer
     alone.find_scale(weight)
     tensors: list[tuple[Any, Any]] = [(quantizer.scale, alone.scale), (quantizer.zero_point, alone.zero_point)]
     for target, found in tensors:
