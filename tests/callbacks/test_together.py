@@ -130,3 +130,26 @@ def test_both_packages_at_once() -> None:
     fit(other, *ours(names), pl=pytorch_lightning)
     assert_equal_states(state(model), state(other))
     assert isinstance(ours(names)[0], lightning.pytorch.Callback)
+
+
+class SameEverywhere(lightning.pytorch.Callback):
+    """Fails where processes have different parameters or scales."""
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        for name, value in pl_module.state_dict().items():
+            everywhere = [torch.empty_like(value) for _ in range(2)]
+            torch.distributed.all_gather(everywhere, value)
+            assert torch.equal(*everywhere), name
+
+
+@pytest.mark.timeout(120)
+def test_two_processes_agree(tmp_path: Path) -> None:
+    """Learned scales of inputs are found from the data of both; rank zero logs what both measured."""
+    logger, names = CSVLogger(tmp_path, name="", version="run"), tuple(REGISTRY)
+    model = Net()
+    prepare(model, recipe_of(names))  # processes are forked off: the model comes back to this one
+    fit(model, *ours(names), SameEverywhere(), logger=logger, devices=2, strategy="ddp_fork")
+    text = (tmp_path / "run" / "metrics.csv").read_text()
+    header, *rows = [line.split(",") for line in text.splitlines()]
+    measured = [row[header.index("quantization/first/input/sqnr")] for row in rows]
+    assert len([value for value in measured if value]) == 2  # two batches for each of the processes
