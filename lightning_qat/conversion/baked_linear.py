@@ -41,6 +41,16 @@ def multiply_integers(module: nn.Module, weight: QuantizedTensor, dtypes: tuple[
     module.__class__ = _baked_class(type(module))
 
 
+def multiply_floats(module: nn.Module) -> None:
+    """Undo :func:`multiply_integers`; a layer that multiplies floats already stays as it is."""
+    if not hasattr(type(module), "_baked_base"):
+        return
+    module.__class__ = type(module)._baked_base
+    for name in (_CODES, _SCALE):
+        delattr(module, name)
+    delattr(module, INTEGER_DTYPES)
+
+
 def _forward(self: Any, input: Tensor) -> Tensor:
     dtype = integer_dtype(self, input)
     if dtype is None:

@@ -1,14 +1,21 @@
 """From integer codes back to a runnable model: the way that a written artifact takes."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
 from lightning_qat.conversion.bake import CODES, make_plain
-from lightning_qat.conversion.baked_input import BAKED_ARGUMENTS, BAKED_INPUT, BakedInput, apply_baked_input
+from lightning_qat.conversion.baked_input import (
+    BAKED_ARGUMENTS,
+    BAKED_INPUT,
+    INTEGER_DTYPES,
+    BakedInput,
+    apply_baked_input,
+)
+from lightning_qat.conversion.baked_linear import multiply_floats, multiply_integers
 from lightning_qat.conversion.nested import keep_padded, restore_nested
 from lightning_qat.conversion.slots import slots_of
 from lightning_qat.quantization.granularity import Layout
@@ -31,6 +38,7 @@ class InputDescription:
         layout: how the input is read.
         scale: a stored scale, or None.
         zero_point: a stored zero point, or None.
+        integer: dtypes in which the layer multiplies integer codes instead.
     """
 
     transforms: tuple[Transform, ...]
@@ -39,6 +47,7 @@ class InputDescription:
     layout: Layout
     scale: Tensor | None
     zero_point: Tensor | None
+    integer: tuple[torch.dtype, ...] = ()
 
 
 def describe_inputs(baked: nn.Module) -> dict[str, InputDescription]:
@@ -54,7 +63,8 @@ def describe_inputs(baked: nn.Module) -> dict[str, InputDescription]:
             found[name] = InputDescription(transforms, None, None, Layout(None), None, None)
         else:
             tensors: list[Tensor | None] = [child.scale, child.zero_point]
-            found[name] = InputDescription(transforms, child.spec, child.grid, child.layout, *tensors)
+            integer = getattr(module, INTEGER_DTYPES, ())
+            found[name] = InputDescription(transforms, child.spec, child.grid, child.layout, *tensors, integer)
     return found
 
 
@@ -63,6 +73,7 @@ def strip_baked(model: nn.Module) -> nn.Module:
     for module in list(model.modules()):
         module.__dict__.pop(CODES, None)
         module.__dict__.pop(BAKED_ARGUMENTS, None)
+        multiply_floats(module)
         restore_nested(module)
         if isinstance(module._modules.get(BAKED_INPUT), BakedInput):
             del module._modules[BAKED_INPUT]
@@ -111,8 +122,28 @@ def restore_baked(
         slots = slots_of(modules[name])
         setattr(modules[name], BAKED_ARGUMENTS, slots.arguments if slots else ("input",))
         modules[name].register_forward_pre_hook(apply_baked_input, with_kwargs=True)
+        if described.integer:
+            _multiply_integers(modules[name], name, weights, aliases, described.integer)
     keep_padded(model)
     return model
+
+
+def _multiply_integers(
+    module: nn.Module,
+    name: str,
+    weights: Mapping[str, QuantizedTensor],
+    aliases: Mapping[str, str],
+    dtypes: tuple[torch.dtype, ...],
+) -> None:
+    key = f"{name}.weight" if name else "weight"
+    weight = weights.get(aliases.get(key, key))
+    if weight is None or type(module).forward is not nn.Linear.forward:
+        raise ValueError(
+            f"{name}: integer products are described, but {type(module).__name__} is no plain linear layer"
+        )
+    device = next(iter(module.parameters())).device
+    moved = replace(weight, codes=weight.codes.to(device), scale=weight.scale.to(device))
+    multiply_integers(module, moved, dtypes)
 
 
 def _check(

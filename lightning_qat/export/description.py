@@ -100,6 +100,7 @@ def describe_input(described: InputDescription) -> dict[str, Any]:
         "layout": to_plain(described.layout),
         "has_scale": described.scale is not None,
         "has_zero_point": described.zero_point is not None,
+        "integer_products": [str(dtype).removeprefix("torch.") for dtype in described.integer],
     }
 
 
@@ -115,7 +116,8 @@ def build_input(name: str, data: Any, tensors: Mapping[str, Tensor]) -> InputDes
         grid = None if data["grid"] is None else _instance(Grid, data["grid"])
         scale = tensors[f"{name}.input.scale"] if data["has_scale"] else None
         zero_point = tensors[f"{name}.input.zero_point"].float() if data["has_zero_point"] else None
-        return InputDescription(transforms, spec, grid, _instance(Layout, data["layout"]), scale, zero_point)
+        layout, integer = _instance(Layout, data["layout"]), tuple(DTYPES[item] for item in data["integer_products"])
+        return InputDescription(transforms, spec, grid, layout, scale, zero_point, integer)
     except _FAILURES as error:
         raise DamagedFileError(f"{name}: the description of its input cannot be read ({_short(error)})") from error
 

@@ -391,3 +391,17 @@ def test_lightning_module(tmp_path: Path) -> None:
         report = export(prepared(Module, "bitnet"), tmp_path / "model", batches=[(x, None) for x in vectors()])
     assert report.exact
     assert isinstance(load(report.path, Module()), L.LightningModule)
+
+
+@pytest.mark.parametrize("recipe", ["w8a8", "bitnet"])
+def test_integer_products_come_back(recipe: str, tmp_path: Path) -> None:
+    """What was trained on products of codes is loaded with products of codes: equal bit for bit in a fresh module."""
+    torch.manual_seed(0)
+    model, fresh = nn.Sequential(nn.Linear(48, 24)), nn.Sequential(nn.Linear(48, 24))
+    qat.prepare(model, recipes.named(recipe), arithmetic="integer")
+    inputs = torch.randn(5, 48)
+    export(model.eval(), tmp_path / "m.safetensors", batches=[inputs])
+    loaded = load(tmp_path / "m.safetensors", fresh).eval()
+    assert type(loaded[0]).forward is not nn.Linear.forward
+    with torch.no_grad():
+        assert torch.equal(loaded(inputs), model(inputs))
