@@ -115,6 +115,7 @@ class QATCallback(pl.Callback, ModuleHooks):
     @override
     def loading_checkpoint(self, pl_module: "pl.LightningModule", checkpoint: dict[str, Any]) -> None:
         _check_resumable(pl_module, checkpoint)
+        _restore_grids(pl_module, checkpoint)
         stored, state = checkpoint.get(CHECKPOINT_KEY), prepared_state(pl_module)
         if stored is None or state is None:
             return
@@ -129,7 +130,8 @@ class QATCallback(pl.Callback, ModuleHooks):
     def saving_checkpoint(self, pl_module: "pl.LightningModule", checkpoint: dict[str, Any]) -> None:
         state = prepared_state(pl_module)
         if state is not None:
-            checkpoint[CHECKPOINT_KEY] = {"version": 1, "recipe": state.recipe.to_dict()}
+            grids = {name: quantizer.get_extra_state().tolist() for name, quantizer in quantizers(pl_module).items()}
+            checkpoint[CHECKPOINT_KEY] = {"version": 1, "recipe": state.recipe.to_dict(), "grids": grids}
 
     @override
     def on_save_checkpoint(
@@ -237,8 +239,19 @@ def _check_launcher(trainer: "pl.Trainer", pl_module: nn.Module) -> None:
     )
 
 
+def _restore_grids(pl_module: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Take grids over where Lightning restores parameters and buffers alone, as it does for sharded models."""
+    if checkpoint.get("state_dict"):
+        return
+    grids = checkpoint.get(CHECKPOINT_KEY, {}).get("grids", {})
+    for name, quantizer in quantizers(pl_module).items():
+        if name in grids:
+            quantizer.set_extra_state(torch.tensor(grids[name]))
+
+
 def _check_resumable(pl_module: "pl.LightningModule", checkpoint: dict[str, Any]) -> None:
-    is_float = not any(is_quantizer_key(key) for key in checkpoint.get("state_dict", ()))
+    keys = checkpoint.get("state_dict", ())  # strategies that shard have loaded it already and leave it out
+    is_float = bool(keys) and not any(map(is_quantizer_key, keys))
     fitting = getattr(pl_module._trainer, "state", None) is not None and pl_module.trainer.state.fn == "fit"
     if is_float and fitting and quantizer_parameters(pl_module):
         raise ValueError(

@@ -285,8 +285,12 @@ class FakeQuantizer(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # A float checkpoint: the scale belongs to other weights now. Sharded loading leaves a placeholder there.
-        if not isinstance(state_dict.get(f"{prefix}_extra_state"), Tensor):
-            self.reset()
+        extra = f"{prefix}_extra_state"
+        if not isinstance(state_dict.get(extra), Tensor):
+            if extra in state_dict and not prefix:  # Lightning loads shards tensor by tensor, in place: this is loaded
+                self.calibrated, self.stale = True, False
+            else:
+                self.reset()
             return
         for name in self.state_dict():  # a checkpoint in 16 bits, assigned instead of copied, would change the dtype
             if isinstance(saved := state_dict.get(prefix + name), Tensor):

@@ -7,6 +7,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
+from torch.distributed.fsdp import fully_shard
 
 from lightning_qat import Calibration, QATCallback, prepare
 from tests.callbacks._models import LEARNED_INPUTS, Net, fake_quantizers, loader, state
@@ -65,7 +68,41 @@ def fork(folder: Path) -> None:
     torch.save(state(model), folder / "back.pt")
 
 
+class Sharded(Net):
+    """Shards itself by FSDP2 where Lightning says: in configure_model."""
+
+    def configure_model(self) -> None:
+        mesh = self.device_mesh["data_parallel"]  # type: ignore[index]
+        for part in (self.first, self.head, self):
+            fully_shard(part, mesh=mesh)
+
+
+def whole(model: Any) -> dict[str, Tensor]:
+    """The state with shards put together; all processes must ask."""
+    return {key: getattr(value, "full_tensor", value.clone)() for key, value in model.state_dict().items()}
+
+
+def shard(folder: Path) -> None:
+    """FSDP2 for two epochs, once without a break and once with; and DDP on the same data."""
+
+    def run(name: str, epochs: int, ckpt: Path | None = None) -> None:
+        model: Any = Net() if name == "ddp" else Sharded(seed=0 if ckpt is None else 9)
+        strategy: Any = "ddp" if name == "ddp" else ModelParallelStrategy(2, 1, save_distributed_checkpoint=False)
+        callbacks = [QATCallback(LEARNED_INPUTS), Calibration(1)]
+        trainer = pl.Trainer(strategy=strategy, callbacks=callbacks, **OPTIONS | {"max_epochs": epochs})
+        trainer.fit(model, loader(), ckpt_path=None if ckpt is None else str(ckpt))
+        trainer.save_checkpoint(folder / f"{name}.ckpt")
+        found = whole(model)
+        if trainer.is_global_zero:
+            torch.save(found, folder / f"{name}.pt")
+
+    run("ddp", 2)
+    run("whole", 2)
+    run("half", 1)
+    run("resumed", 2, folder / "half.ckpt")
+
+
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    {"ddp": ddp, "fork": fork}[sys.argv[1]](Path(sys.argv[2]))
+    {"ddp": ddp, "fork": fork, "shard": shard}[sys.argv[1]](Path(sys.argv[2]))

@@ -72,3 +72,11 @@ def test_forked_processes_hand_scales_back_to_a_prepared_model(tmp_path: Path) -
     assert "would lose all scales. Call prepare(model, recipe) before trainer.fit(model)" in message
     assert_equal_states(loaded(tmp_path / "back.pt"), loaded(tmp_path / "end0.pt"))
     assert state(Net()).keys() < loaded(tmp_path / "back.pt").keys()
+
+
+def test_sharded_models_train_as_replicated_ones_and_resume(tmp_path: Path) -> None:
+    """Scales of weights and inputs included; weights are restored after on_fit_start there."""
+    run("shard", tmp_path)
+    expected = loaded(tmp_path / "ddp.pt")
+    assert_equal_states(loaded(tmp_path / "whole.pt"), expected)
+    assert_equal_states(loaded(tmp_path / "resumed.pt"), expected)
