@@ -138,9 +138,7 @@ def _multiply_integers(
     key = f"{name}.weight" if name else "weight"
     weight = weights.get(aliases.get(key, key))
     if weight is None or type(module).forward is not nn.Linear.forward:
-        raise ValueError(
-            f"{name}: integer products are described, but {type(module).__name__} is not nn.Linear"
-        )
+        raise ValueError(f"{name}: integer products are described, but {type(module).__name__} is not nn.Linear")
     device = next(iter(module.parameters())).device
     moved = replace(weight, codes=weight.codes.to(device), scale=weight.scale.to(device))
     multiply_integers(module, moved, dtypes)
