@@ -228,7 +228,7 @@ def separate_scales(model: nn.Module, lr_multiplier: float = 1.0) -> Iterator[Gr
     except (ValueError, IndexError, TypeError) as error:
         if not splitter.pairs or not _raised_by_scheduler(error.__traceback__):
             raise
-        raise type(error)(f"{error}. {_explanation(splitter)}") from error
+        raise type(error)(f"{str(error).rstrip('.')}. {_explanation(splitter)}") from error
     finally:
         Optimizer.__init__ = original  # type: ignore[method-assign]
 

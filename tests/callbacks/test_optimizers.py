@@ -526,6 +526,21 @@ def test_backbone_finetuning_resumes_with_its_groups(tmp_path: Any) -> None:
     assert run() == run(tmp_path / "epoch=1.ckpt")
 
 
+def test_groups_are_checked_again_each_epoch() -> None:
+    """Whoever gets around add_param_group is found out at the next epoch."""
+
+    class Loses(pl.Callback):
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            if trainer.current_epoch == 1:
+                trainer.optimizers[0].param_groups.pop()
+
+    for callbacks in ((QATCallback(), Loses()), (Loses(), QATCallback())):
+        model = Net()
+        prepare(model, recipes.int4())
+        with pytest.raises(ValueError, match=r"first.weight_quantizer.scale, head.weight_quantizer.scale would not be"):
+            fit(model, *callbacks, max_epochs=2)
+
+
 def test_reset_state_forgets_moments_of_some_parameters() -> None:
     model = mlp()
     optimizer = adamw(model)

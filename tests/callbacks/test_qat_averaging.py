@@ -14,6 +14,7 @@ from tests.callbacks._models import (
     LEARNED_INPUTS,
     STORED_INPUTS,
     Net,
+    OtherNet,
     assert_equal_states,
     fake_quantizers,
     fit,
@@ -64,6 +65,18 @@ def ema(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 def test_averaging_listed_first_is_an_error_that_names_both(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} is listed before QATCallback.*list QATCallback before {name}"):
         fit(Net(), AVERAGES[name](), QATCallback())
+
+
+def test_averaging_of_the_other_package() -> None:
+    import pytorch_lightning
+    from pytorch_lightning.callbacks import EMAWeightAveraging as OtherAveraging
+
+    with pytest.raises(ValueError, match="EMAWeightAveraging is listed before QATCallback"):
+        fit(OtherNet(), OtherAveraging(), QATCallback(), pl=pytorch_lightning)
+    model = OtherNet()
+    fit(model, QATCallback(STORED_INPUTS), Calibration(), OtherAveraging(decay=DECAY), pl=pytorch_lightning)
+    assert all(quantizer.calibrated for quantizer in fake_quantizers(model).values())
+    assert grid_distance(model, "first") < 1e-5
 
 
 @pytest.mark.parametrize("name", AVERAGES)
