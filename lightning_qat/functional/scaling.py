@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lightning_qat.functional.fake_quantize import Rounding, dequantize, finish_scale, quantize
 
-_CHUNK = 1 << 18  # elements searched at a time: the temporaries then stay in the cache
+_CHUNK = 1 << 18  # elements searched at a time by each thread: the temporaries then stay in the cache
+_ACCELERATOR_CHUNK = 1 << 26
 _COARSE = tuple(2.0 ** (-k / 4) for k in range(21))
 _FINE = tuple(2.0 ** (k / 16) for k in (-2, -1, 1, 2))
 _FINEST = tuple(2.0 ** (k / 32) for k in (-1, 1))
@@ -158,21 +159,40 @@ class _Best:
         self.sample, self.grid, self.dtype = sample, grid, dtype
         self.minimum, self.maximum = sample.range()
         self.scale, self.zero_point = range_to_scale(self.minimum, self.maximum, grid, grid.lo, grid.hi, dtype)
-        self.error, self.levels = self._error(self.scale, self.zero_point)
+        self.error, _ = self._error(self.scale, self.zero_point)
 
     def _error(self, scale: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Tensor]:
         values, step = self.sample.values, scale * self.grid.step_factor
         levels = quantize(values, step, zero_point, lo=self.grid.lo, hi=self.grid.hi, rounding=self.grid)
-        square = (dequantize(levels, step, zero_point) - values).square_()
+        square = dequantize(levels, step, zero_point).sub_(values).square_()
         square = square if self.sample.counts is None else square * self.sample.counts
         return torch.nan_to_num(square.sum(self.sample.dims, keepdim=True)), levels
 
-    def consider(self, scale: Tensor, zero_point: Tensor | None, slack: float = 0.0) -> None:
+    def consider(self, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+        """Keep a scale where its error is lower, and return its error."""
         error, _ = self._error(scale, zero_point)
-        better = error < self.error * (1 + slack)
+        self._take(error < self.error, error, scale, zero_point)
+        return error
+
+    def _take(self, better: Tensor, error: Tensor, scale: Tensor, zero_point: Tensor | None) -> None:
         self.error, self.scale = torch.where(better, error, self.error), torch.where(better, scale, self.scale)
         if zero_point is not None and self.zero_point is not None:
             self.zero_point = torch.where(better, zero_point, self.zero_point)
+
+    def shrink_while_useful(self, factors: tuple[float, ...]) -> None:
+        """Consider falling multiples of AbsMax until no smaller one can be better in any group.
+
+        What is clipped at a scale is clipped at smaller ones, too, and what is not errs by at most one step. So the
+        error at all smaller scales is at least the present one minus one squared step per value.
+        """
+        counts = self.sample.counts
+        count: Tensor | float = self.sample.values.numel() / max(1, self.scale.numel())
+        count = count if counts is None else counts.sum(self.sample.dims, keepdim=True)
+        for factor in factors:
+            scale, zero_point = self.shrink(factor)
+            least = self.consider(scale, zero_point) - count * (scale * self.grid.step_factor).square()
+            if self.grid.symmetric and bool(((least > self.error) | (self.error == 0)).all()):
+                return
 
     def shrink(self, factor: Tensor | float) -> tuple[Tensor, Tensor | None]:
         return range_to_scale(
@@ -190,40 +210,46 @@ class _Best:
     def _finish(self, scale: Tensor) -> Tensor:
         return finish_scale(scale, self.dtype).to(self.scale.dtype)
 
-    def refine(self) -> None:
-        """Try the least-squares scale for the present levels, <x, q> / <q, q>."""
+    def refine(self, steps: int) -> None:
+        """Try the least-squares scale for the present levels, <x, q> / <q, q>, some times."""
         _, levels = self._error(self.scale, self.zero_point)
+        for _ in range(steps):
+            scale = self._least_squares(levels)
+            error, new = self._error(scale, self.zero_point)
+            better = error < self.error * (1 + _SLACK)
+            levels = torch.where(better, new, levels)
+            self._take(better, error, scale, self.zero_point)
+
+    def _least_squares(self, levels: Tensor) -> Tensor:
         levels = levels if self.zero_point is None else levels - self.zero_point
         weighted = levels if self.sample.counts is None else levels * self.sample.counts
         dims = self.sample.dims
         top = (torch.nan_to_num(self.sample.values) * weighted).sum(dims, keepdim=True)
         bottom = (levels * weighted).sum(dims, keepdim=True) * self.grid.step_factor
-        found = torch.where((bottom > 0) & (top > 0), top / bottom, self.scale)
-        self.consider(self._finish(found), self.zero_point, slack=_SLACK)
+        return self._finish(torch.where((bottom > 0) & (top > 0), top / bottom, self.scale))
 
 
 def _search(sample: Sample, grid: GridLike, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     best = _Best(sample, grid, dtype)
     start = best.scale
-    for factor in _COARSE:
-        best.consider(*best.shrink(factor))
     for candidate in best.others() if grid.symmetric else ():
         best.consider(candidate, None)
+    best.shrink_while_useful(_COARSE[1:])
     for factors in (_FINE, _FINEST):
         middle = best.scale / start
         for factor in factors:
             best.consider(*best.shrink(middle * factor))
-    for _ in range(_LEAST_SQUARES_STEPS):
-        best.refine()
+    best.refine(_LEAST_SQUARES_STEPS)
     return best.scale, best.zero_point
 
 
 def _chunks(sample: Sample) -> Iterator[Sample]:
     values, counts = sample.values, sample.counts
-    if 0 in sample.dims or values.numel() <= _CHUNK or counts is not None:
+    size = _CHUNK * torch.get_num_threads() if values.device.type == "cpu" else _ACCELERATOR_CHUNK
+    if 0 in sample.dims or values.numel() <= size or counts is not None:
         yield sample
         return
-    rows = max(1, _CHUNK * values.shape[0] // values.numel())
+    rows = max(1, size * values.shape[0] // values.numel())
     for chunk in values.split(rows):
         yield Sample(chunk, sample.dims)
 
