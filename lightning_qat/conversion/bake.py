@@ -165,6 +165,10 @@ def make_plain(module: nn.Module, slot: str) -> None:
     for key, hook in list(module._forward_pre_hooks.items()):
         if getattr(hook, "name", getattr(hook, "_tensor_name", None)) == slot:
             del module._forward_pre_hooks[key]
+    for hooks in (module._state_dict_hooks, module._load_state_dict_pre_hooks):  # spectral_norm's
+        for key, hook in list(hooks.items()):
+            if getattr(getattr(getattr(hook, "hook", hook), "fn", None), "name", None) == slot:
+                del hooks[key]
     for suffix in ("_orig", "_g", "_v"):
         module._parameters.pop(slot + suffix, None)
     for suffix in ("_mask", "_u", "_v"):

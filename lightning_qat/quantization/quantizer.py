@@ -76,7 +76,7 @@ class FakeQuantizer(nn.Module):
         self.observer: Observer | None = None
         problem = spec.granularity.problem(shape, self.layout)
         if problem:
-            raise ValueError(f'{name}: {problem}, or exclude the layer with Rule("{name.rpartition(".")[0]}", None)')
+            raise ValueError(f'{name}: {problem}, or exclude the layer with Rule("{self.owner or "*"}", None)')
         self.calibrated = False
         self.stale = self.stored and not self.layout.is_input  # the scale must be found anew before the next use
         # Tensors, so that torch.compile does not specialize on them; on the CPU even where all else is on meta.

@@ -266,6 +266,11 @@ class TestMixedPrecision:
         assert [row.bits for row in report][:3] == [8.0, 4.0, 3.0]
 
 
+def test_root_whose_shape_does_not_fit() -> None:
+    with pytest.raises(ValueError, match=r"^weight: in_features=6 .* exclude the layer with Rule\(\"\*\", None\)"):
+        prepare(nn.Linear(6, 5), recipes.int4(group_size=4))
+
+
 def test_root_is_a_layer_itself() -> None:
     layer = nn.Linear(6, 5)
     report = prepare(layer, recipes.int4())

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils import spectral_norm as old_spectral_norm
 from torch.nn.utils import weight_norm as old_weight_norm
@@ -16,7 +17,9 @@ from lightning_qat import (
     HalfInt,
     Int,
     LayerSpec,
+    LearnedSoft,
     PerChannel,
+    PerTensor,
     QuantizerSpec,
     Recipe,
     Rule,
@@ -26,7 +29,16 @@ from lightning_qat import (
     unprepare,
 )
 from lightning_qat.conversion.view import is_view, latent, view_class
-from tests.conversion.cases import TOKENS, WEIGHT, WEIGHT_ONLY, OwnForward, absmax_int4, network, recipe_for
+from tests.conversion.cases import (
+    LEARNED_INPUT,
+    TOKENS,
+    WEIGHT,
+    WEIGHT_ONLY,
+    OwnForward,
+    absmax_int4,
+    network,
+    recipe_for,
+)
 
 # torch.compile of any autograd function makes torch raise its own deprecation.
 compiles = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
@@ -70,6 +82,13 @@ class TestIdentity:
         weight = model[0].weight
         prepare(model, WEIGHT_ONLY)
         assert model.get_parameter("0.weight") is weight
+
+    def test_no_parameter_is_a_number(self) -> None:
+        """FSDP refuses parameters without dimensions."""
+        model = network()
+        prepare(model, recipe_for(LayerSpec(QuantizerSpec(Int(4), PerTensor(), gradient=LearnedSoft()), LEARNED_INPUT)))
+        assert sum(1 for _ in model.parameters()) == 10
+        assert all(parameter.dim() > 0 for parameter in model.parameters())
 
     def test_print(self) -> None:
         model = network()
@@ -207,6 +226,19 @@ class TestTransformationsOfTorch:
         prepare(model, WEIGHT_ONLY)
         x = torch.randn(2, 6)
         torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), model(x))
+
+    @compiles
+    def test_bit_widths_do_not_recompile(self) -> None:
+        model = network()
+        prepare(model, recipes.w8a8())
+        counter = CompileCounter()
+        compiled = torch.compile(model, fullgraph=True, backend=counter)
+        x = torch.randn(2, 6)
+        for bits in (8, 6, 5, 4, 3, 2):
+            for layer in (model[0], model[2]):
+                layer.weight_quantizer.set_grid(Int(bits))
+            torch.testing.assert_close(compiled(x), model(x))
+        assert counter.frame_count == 1
 
 
 class TestChangesOfTheWeight:
