@@ -11,7 +11,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 
-from lightning_qat import Calibration, QATCallback, prepare
+from lightning_qat import Calibration, ProgressiveBitWidth, QATCallback, prepare
 from tests.callbacks._models import LEARNED_INPUTS, Net, fake_quantizers, loader, state
 
 OPTIONS: dict[str, Any] = {
@@ -88,7 +88,8 @@ def shard(folder: Path) -> None:
     def run(name: str, epochs: int, ckpt: Path | None = None) -> None:
         model: Any = Net() if name == "ddp" else Sharded(seed=0 if ckpt is None else 9)
         strategy: Any = "ddp" if name == "ddp" else ModelParallelStrategy(2, 1, save_distributed_checkpoint=False)
-        callbacks = [QATCallback(LEARNED_INPUTS), Calibration(1)]
+        lower = ProgressiveBitWidth({0: 4, 1: 3}, unit="step")
+        callbacks = [QATCallback(LEARNED_INPUTS), Calibration(1), lower]
         trainer = pl.Trainer(strategy=strategy, callbacks=callbacks, **OPTIONS | {"max_epochs": epochs})
         trainer.fit(model, loader(), ckpt_path=None if ckpt is None else str(ckpt))
         trainer.save_checkpoint(folder / f"{name}.ckpt")

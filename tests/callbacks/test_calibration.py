@@ -455,7 +455,8 @@ class Augmented(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         self.reads += 1
-        noise = self.numpy.random() + self.legacy.rand() + self.python.random() + self.reads
+        self.late = getattr(self, "late", 0) + 2
+        noise = self.numpy.random() + self.legacy.rand() + self.python.random() + self.reads + self.late
         x, y = data()[index]
         return x + 0.1 * torch.randn(WIDTH, generator=self.torch) + 0.01 * noise, y
 

@@ -223,6 +223,19 @@ def test_strategies_that_would_lose_the_scales_are_refused() -> None:
     QATCallback().setup(made, model, "fit")
 
 
+def test_grids_come_with_checkpoints_of_sharded_models() -> None:
+    """Lightning restores their parameters and buffers itself, and hands over a checkpoint without the state_dict."""
+    model, callback, checkpoint = Net(), QATCallback(LEARNED_INPUTS), {}
+    fit(model, callback, Calibration())
+    model.first.weight_quantizer.set_grid(Int(2))
+    callback.saving_checkpoint(model, checkpoint)
+    fresh = Net()
+    prepare(fresh, LEARNED_INPUTS)
+    callback.loading_checkpoint(fresh, checkpoint)
+    assert fresh.first.weight_quantizer.grid == Int(2)
+    assert all(not quantizer.needs_calibration for quantizer in fake_quantizers(fresh).values())
+
+
 # --- differences of recipes ------------------------------------------------------------------------------------------
 
 

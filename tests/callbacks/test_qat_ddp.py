@@ -75,7 +75,7 @@ def test_forked_processes_hand_scales_back_to_a_prepared_model(tmp_path: Path) -
 
 
 def test_sharded_models_train_as_replicated_ones_and_resume(tmp_path: Path) -> None:
-    """Scales of weights and inputs included; weights are restored after on_fit_start there."""
+    """Scales of weights and inputs and a lowered grid included; weights are restored after on_fit_start there."""
     run("shard", tmp_path)
     expected = loaded(tmp_path / "ddp.pt")
     assert_equal_states(loaded(tmp_path / "whole.pt"), expected)
