@@ -155,7 +155,14 @@ def full_study(grid: str, stages: str) -> list[Run]:
     return [plain, distilled, replace(distilled, stages=stages), replace(plain, stages=stages)]
 
 
+def warmup_study() -> list[Run]:
+    """The long budget from a trained float model with drops inside the warm-up, and the default weight of a teacher."""
+    runs = [Run("int2", each, LONG, learning_rate=2e-3) for each in ("direct", "8-4-2 at 0.03, 0.06")]
+    return [*runs, Run("int2", "direct", LONG, learning_rate=2e-3, distillation=1.0)]
+
+
 STUDIES = {
+    "warmup": warmup_study,
     "trained": trained_study,
     "scratch": scratch_study,
     "int2": partial(full_study, "int2", "8-4-2 at 0.1, 0.2"),

@@ -7,13 +7,13 @@ import argparse
 
 import lightning as L
 
-from lightning_qat import Int, LayerSpec, QATCallback, QuantizerSpec, Recipe, Rule, Ternary
+from lightning_qat import AbsMax, Int, LayerSpec, QATCallback, QuantizerSpec, Recipe, Rule, StraightThrough, Ternary
 from lightning_qat.data import DigitsData
 from lightning_qat.models import SequenceClassifier
 
 RECIPE = Recipe(
     (
-        Rule("*.attention.*", LayerSpec(weight=QuantizerSpec(Int(8)))),
+        Rule("*.attention.*", LayerSpec(weight=QuantizerSpec(Int(8), scale=AbsMax(), gradient=StraightThrough()))),
         Rule("*.feedforward.*", LayerSpec(weight=QuantizerSpec(Ternary()))),
         Rule("head", None),
     )

@@ -48,8 +48,13 @@ def _int8_tokens() -> QuantizerSpec:
 
 
 def int8(group_size: int | None = None, scale_dtype: str = "float32") -> Recipe:
-    """8-bit weights, learned scale per channel or group, started at the least error. Source: LSQ, arXiv:1902.08153."""
-    return _weight_only("int8", Int(8), group_size, scale_dtype)
+    """8-bit weights, absolute maximum per channel or group, straight-through. Source: arXiv:1712.05877.
+
+    Not a learned scale: a step of 8 bits is so small next to the learning rate of Adam-like optimizers that it would be
+    changed by a large part of itself in every update.
+    """
+    weight = QuantizerSpec(Int(8), _granularity(group_size), AbsMax(), StraightThrough(), scale_dtype)
+    return Recipe((Rule("*", LayerSpec(weight), source="int8"),))
 
 
 def int4(group_size: int | None = None, scale_dtype: str = "float32") -> Recipe:
