@@ -43,9 +43,10 @@ def multiply_integers(module: nn.Module, weight: QuantizedTensor, dtypes: tuple[
 
 def multiply_floats(module: nn.Module) -> None:
     """Undo :func:`multiply_integers`; a layer that multiplies floats already stays as it is."""
-    if not hasattr(type(module), "_baked_base"):
+    base: type[nn.Module] | None = getattr(type(module), "_baked_base", None)
+    if base is None:
         return
-    module.__class__ = type(module)._baked_base
+    module.__class__ = base
     for name in (_CODES, _SCALE):
         delattr(module, name)
     delattr(module, INTEGER_DTYPES)

@@ -62,9 +62,9 @@ def describe_inputs(baked: nn.Module) -> dict[str, InputDescription]:
         if child.spec is None:
             found[name] = InputDescription(transforms, None, None, Layout(None), None, None)
         else:
-            tensors: list[Tensor | None] = [child.scale, child.zero_point]
             integer = getattr(module, INTEGER_DTYPES, ())
-            found[name] = InputDescription(transforms, child.spec, child.grid, child.layout, *tensors, integer)
+            scale, zero_point = child.scale, child.zero_point
+            found[name] = InputDescription(transforms, child.spec, child.grid, child.layout, scale, zero_point, integer)
     return found
 
 

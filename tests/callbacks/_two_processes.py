@@ -1,4 +1,4 @@
-"""Runs on two processes, started as a script by test_qat_ddp.py: `python -m tests.callbacks._two_processes KIND FOLDER`."""
+"""Runs on two processes, started by test_qat_ddp.py: `python -m tests.callbacks._two_processes KIND FOLDER`."""
 
 import sys
 import warnings
