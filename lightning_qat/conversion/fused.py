@@ -18,6 +18,7 @@ from lightning_qat.conversion.view import (
     TRANSFORMS,
     is_view,
     latent,
+    settled,
     transformed,
     weight_quantizer,
 )
@@ -116,7 +117,8 @@ def runs_on_integers(module: nn.Module, device: str, dtype: torch.dtype) -> bool
 
 def may_run_on_integers(module: nn.Module) -> bool:
     """Whether integer products are possible in a layer, and the layer is large enough for them to pay."""
-    return float_reason(module) is None and latent(module, "weight").numel() >= _WORTHWHILE
+    layer: Any = module  # reading a weight under spectral_norm would be a step of its power iteration
+    return float_reason(module) is None and bool(layer.in_features * layer.out_features >= _WORTHWHILE)
 
 
 def float_reason(module: nn.Module) -> str | None:
@@ -136,8 +138,8 @@ def float_reason(module: nn.Module) -> str | None:
         return "scales of the input per group"
     if of_input.offset or (family.offset and not fits_int8(weight.grid)):
         return "levels that are no 8-bit integers"
-    wide = latent(module, "weight").shape[-1] >= MAX_FEATURES
-    return "sums that could exceed 32 bits" if wide else None
+    layer: Any = module
+    return "sums that could exceed 32 bits" if layer.in_features >= MAX_FEATURES else None
 
 
 def fits_int8(grid: Grid) -> bool:
@@ -153,7 +155,7 @@ def arithmetic_label(module: nn.Module) -> str | None:
     reason = float_reason(module)
     if reason is not None:
         return f"float products: {reason}" if vars(module).get(ARITHMETIC) == "integer" else "float products"
-    weight = latent(module, "weight")
+    weight = settled(module, "weight")
     return "integer products" if runs_on_integers(module, weight.device.type, weight.dtype) else "float products"
 
 

@@ -31,8 +31,8 @@ from lightning_qat.conversion.view import (
     TRANSFORMS,
     attach,
     detach,
-    latent,
     mark_stale,
+    settled,
     view_names,
     weight_quantizer,
     zero_problem,
@@ -125,7 +125,7 @@ def _check_arguments(model: nn.Module, recipe: Recipe, arithmetic: str) -> None:
 
 def _check_unwrapped(model: nn.Module, owners: list[Weight]) -> None:
     for owner in owners:
-        if is_sharded(latent(owner.module, owner.slot)):
+        if is_sharded(settled(owner.module, owner.slot)):
             raise ValueError(
                 f"{owner.name}: the parameter is sharded already (DTensor); call prepare between building and "
                 "fully_shard"
@@ -177,7 +177,7 @@ def _build(decision: Decision) -> list[_Parts]:
             continue
         _check(owner, spec)
         if spec.weight is not None and shared is None:
-            shape = tuple(latent(owner.module, owner.slot).shape)
+            shape = tuple(settled(owner.module, owner.slot).shape)
             shared = FakeQuantizer(spec.weight, shape, owner.slots.weight, name=owner.name)
         parts.append(_Parts(owner, shared, _input_quantizer(owner, spec), applicable(owner)))
     return parts
@@ -212,7 +212,7 @@ def _input_quantizer(owner: Weight, spec: LayerSpec) -> FakeQuantizer | None:
 def _attach(parts: _Parts) -> None:
     """Give a module what was built for it. A module with several weights comes once for each of them."""
     module, slot, slots = parts.owner.module, parts.owner.slot, parts.owner.slots
-    device, names = latent(module, slot).device, view_names(module)
+    device, names = settled(module, slot).device, view_names(module)
     if parts.transforms and TRANSFORMS not in module._modules:
         built = [transform.build(slots.in_features or 0) for transform in parts.transforms]
         _register(module, TRANSFORMS, nn.ModuleList(built), device)

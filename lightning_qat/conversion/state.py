@@ -12,7 +12,7 @@ from lightning_qat.conversion.view import (
     TRANSFORMS,
     find_scale,
     is_view,
-    latent,
+    settled,
     view_names,
     weight_quantizer,
 )
@@ -81,7 +81,7 @@ def refresh_scales(model: nn.Module) -> None:
     """
     for module in model.modules():
         for slot in view_names(module):
-            if weight_quantizer(module, slot).stale and not latent(module, slot).is_meta:
+            if weight_quantizer(module, slot).stale and not settled(module, slot).is_meta:
                 find_scale(module, slot)
 
 

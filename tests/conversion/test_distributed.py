@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_qat import prepare
 from tests.conversion import two_processes
 from tests.conversion.cases import network
-from tests.conversion.two_processes import LEARNED, WEIGHTS, batches, start, train
+from tests.conversion.two_processes import LEARNED, WEIGHTS, batches, losses, start, train
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,6 +51,12 @@ def test_trains_as_one_process(ranks: list[dict[str, Any]], scenario: str) -> No
     assert sum("quantizer" in name and bool(value.any()) for name, value in expected.items()) == 4
     for rank in ranks:
         assert_close({name.replace("module.", ""): value for name, value in rank[scenario].items()}, expected)
+
+
+def test_older_fsdp_trains_as_one_process(ranks: list[dict[str, Any]]) -> None:
+    expected = losses(start(), slice(None))
+    for rank in ranks:
+        torch.testing.assert_close(rank["older_fsdp_trains"]["losses"], expected)
 
 
 @pytest.mark.parametrize("broadcast", [False, True])

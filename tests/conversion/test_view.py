@@ -421,6 +421,13 @@ class TestNormalizedWeights:
         assert layer.training
         assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
 
+    def test_prepare_leaves_no_trace(self, norm: Callable[[nn.Module], nn.Module]) -> None:
+        """Reading a weight under spectral_norm in training is a step of its power iteration."""
+        layer = norm(nn.Linear(6, 5))
+        before = copy.deepcopy(layer.state_dict())
+        prepare(layer, LEARNED)
+        assert all(torch.equal(layer.state_dict()[key], value) for key, value in before.items())
+
     def test_two_of_them_are_not_taken_for_one(self, norm: Callable[[nn.Module], nn.Module]) -> None:
         model = nn.Sequential(norm(nn.Linear(6, 6)), norm(nn.Linear(6, 6)))
         prepare(model, WEIGHT_ONLY)
@@ -479,3 +486,15 @@ def test_classes_are_shared_while_they_live() -> None:
 def test_weight_spec_is_part_of_the_cases() -> None:
     """The naive formula of these tests describes the spec that they use."""
     assert WEIGHT.label == "int4:channel:absmax:ste"
+
+
+@pytest.mark.parametrize("recipe", ["int4", "w8a8"])
+def test_power_iteration_goes_on_as_in_float(recipe: str) -> None:
+    layer, plain = new_spectral_norm(nn.Linear(6, 5)), new_spectral_norm(nn.Linear(6, 5))
+    plain.load_state_dict(layer.state_dict())
+    prepare(layer, recipes.named(recipe))
+    for _ in range(2):
+        layer(torch.randn(3, 6))
+        plain(torch.randn(3, 6))
+    for key, value in plain.state_dict().items():
+        assert torch.equal(layer.state_dict()[key], value)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -72,6 +72,28 @@ def message(action: Callable[[], object]) -> str:
 
 def fsdp_trains(rank: int) -> dict[str, Tensor]:
     return train(shard(start()), slice(rank, None, 2))
+
+
+def older_fsdp_trains(rank: int) -> dict[str, Tensor]:
+    """The wrapper that Lightning's FSDPStrategy uses: losses of every step, over all ranks."""
+    model = FullyShardedDataParallel(start(), use_orig_params=True, device_id=torch.device("cpu"))
+    return {"losses": losses(model, slice(rank, None, 2))}
+
+
+def losses(model: nn.Module, rows: slice) -> Tensor:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    found = []
+    for batch in batches():
+        optimizer.zero_grad()
+        loss = model(batch[rows]).square().mean()
+        loss.backward()
+        optimizer.step()
+        found.append(loss.detach())
+    result = torch.stack(found)
+    if distributed.is_initialized():
+        distributed.all_reduce(result)
+        result /= distributed.get_world_size()
+    return result
 
 
 def on_meta_then_sharded() -> nn.Sequential:
@@ -163,6 +185,7 @@ def calibrates(rank: int) -> dict[str, Tensor]:
 
 SCENARIOS = [
     fsdp_trains,
+    older_fsdp_trains,
     fsdp_from_checkpoints,
     fsdp_initialized_after_sharding,
     fsdp_refusals,
