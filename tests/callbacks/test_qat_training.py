@@ -10,7 +10,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_qat import Calibration, QATCallback, calibrate, prepare, recipes
+from lightning_qat import (
+    Binary,
+    Calibration,
+    HalfInt,
+    Int,
+    LayerSpec,
+    QATCallback,
+    QuantizerSpec,
+    Recipe,
+    Rule,
+    Ternary,
+    calibrate,
+    prepare,
+    recipes,
+)
 from tests.callbacks._models import (
     CLASSES,
     HIDDEN,
@@ -84,13 +98,18 @@ def test_clipping_by_value_holds_for_scales_too() -> None:
     assert max(largest["after"]) == pytest.approx(1e-3)
 
 
-@pytest.mark.parametrize("name", ["int2", "int3", "int4", "int8", "ternary", "binary", "learned inputs"])
-def test_scales_hardly_change_the_clip_factor_of_weights(name: str) -> None:
+GRIDS = (Int(2), Int(3), Int(4), Int(8), Ternary(), Binary(), HalfInt(2))
+
+
+@pytest.mark.parametrize(
+    "recipe", [Recipe((Rule("*", LayerSpec(QuantizerSpec(grid))),)) for grid in GRIDS] + [LEARNED_INPUTS]
+)
+def test_scales_hardly_change_the_clip_factor_of_weights(recipe: Recipe) -> None:
     """LSQ's 1 / sqrt(N hi) keeps their share of the norm small: below 2 % from N = 32 weights per scale on."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     x, y = torch.randn(64, 32), torch.randint(10, (64,))
-    prepare(model, LEARNED_INPUTS if name == "learned inputs" else recipes.named(name))
+    prepare(model, recipe)
     calibrate(model, [x])
     F.cross_entropy(model(x), y).backward()
     norms = {True: 0.0, False: 0.0}
