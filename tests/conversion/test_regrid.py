@@ -71,10 +71,11 @@ def test_bits_are_of_the_family_of_the_recipe_and_grids_are_taken_as_they_are(
 def test_scales_are_found_anew_by_search(drop: tuple[int, int]) -> None:
     """As good as a model that was prepared at the lower width, and far better than the stale scale."""
     model, fresh = net(), net()
-    prepare(model, recipes.named(f"int{drop[0]}"))
-    prepare(fresh, recipes.named(f"int{drop[1]}"))
+    before, after = (Recipe((Rule("*", LayerSpec(QuantizerSpec(Int(bits)))),)) for bits in drop)
+    prepare(model, before)
+    prepare(fresh, after)
     stale = net()
-    prepare(stale, recipes.named(f"int{drop[0]}"))
+    prepare(stale, before)
     for quantizer in stale.modules():
         if isinstance(quantizer, FakeQuantizer):
             quantizer.set_grid(Int(drop[1]))
