@@ -51,7 +51,8 @@ def int8(group_size: int | None = None, scale_dtype: str = "float32") -> Recipe:
     """8-bit weights, absolute maximum per channel or group, straight-through. Source: arXiv:1712.05877.
 
     Not a learned scale: a step of 8 bits is so small next to the learning rate of Adam-like optimizers that it would be
-    changed by a large part of itself in every update.
+    changed by a large part of itself in every update. To go down from 8 bits while training, start from the recipe of
+    the last width: ``ProgressiveBitWidth`` keeps the scale and gradient of the recipe.
     """
     weight = QuantizerSpec(Int(8), _granularity(group_size), AbsMax(), StraightThrough(), scale_dtype)
     return Recipe((Rule("*", LayerSpec(weight), source="int8"),))

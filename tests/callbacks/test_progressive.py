@@ -141,7 +141,7 @@ def test_optimizers_start_afresh_with_scales_only() -> None:
                 found.append({key: float(value.abs().sum()) for key, value in optimizer.state[weight].items()})
 
     found: list[dict[str, float]] = []
-    fit(Net(), QATCallback(recipes.int8()), ProgressiveBitWidth({0: 8, 3: 4}, unit="step"), Look())
+    fit(Net(), QATCallback(recipes.int4()), ProgressiveBitWidth({0: 8, 3: 4}, unit="step"), Look())
     scale, weight = found
     assert scale == {"step": 0.0, "exp_avg": 0.0, "exp_avg_sq": 0.0}
     assert weight["step"] == 3.0
@@ -189,7 +189,7 @@ def test_averages_end_on_the_grid_of_the_model() -> None:
     average = EMAWeightAveraging(decay=0.5)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "You're using the WeightAveraging callback with a model that overrides")
-        fit(model, QATCallback(recipes.int8()), ProgressiveBitWidth({0: 8, 2: 2}, unit="step"), average, max_epochs=2)
+        fit(model, QATCallback(recipes.int4()), ProgressiveBitWidth({0: 8, 2: 2}, unit="step"), average, max_epochs=2)
     averaged = average._average_model
     assert averaged is not None
     for name, quantizer in fake_quantizers(averaged.module).items():

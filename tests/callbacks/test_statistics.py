@@ -284,7 +284,7 @@ def test_oscillation_is_that_of_every_step() -> None:
     with pytest.warns(UserWarning, match="of the weights oscillate between codes"):
         fit(
             Swing(optimizer=sgd(0.01)),
-            QATCallback(recipes.int8(), scale_lr_multiplier=1e-6),
+            QATCallback(Recipe((Rule("*", LayerSpec(QuantizerSpec(Int(8)))),)), scale_lr_multiplier=1e-6),
             statistics,
             logger=logger,
             train=loader(64),
