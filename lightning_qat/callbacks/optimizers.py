@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Final, final
 
-import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
@@ -322,12 +321,3 @@ def align_rates(model: nn.Module, optimizers: list[Optimizer], lr_multiplier: fl
             ours = str(scales.get("name", "")).endswith(_SUFFIX)
             if ours and all(id(p) in followed for p in scales["params"]):
                 scales["lr"] = weights["lr"] * lr_multiplier
-
-
-def reset_state(optimizers: list[Optimizer], parameters: Iterable[Tensor]) -> None:
-    """Forget what optimizers remember of parameters whose values were found anew."""
-    for parameter in parameters:
-        for optimizer in optimizers:
-            for value in optimizer.state.get(parameter, {}).values():
-                if isinstance(value, torch.Tensor):
-                    value.zero_()

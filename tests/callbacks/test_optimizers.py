@@ -21,11 +21,11 @@ from lightning_qat import (
     prepare,
     recipes,
 )
+from lightning_qat.callbacks.bit_width import forget_state
 from lightning_qat.callbacks.optimizers import (
     GroupSplitter,
     check_groups,
     quantizer_parameters,
-    reset_state,
     separate_scales,
     unwatch,
 )
@@ -541,13 +541,13 @@ def test_groups_are_checked_again_each_epoch() -> None:
             fit(model, *callbacks, max_epochs=2)
 
 
-def test_reset_state_forgets_moments_of_some_parameters() -> None:
+def test_forget_state_forgets_moments_of_some_parameters() -> None:
     model = mlp()
     optimizer = adamw(model)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    reset_state([optimizer], [model[0].weight_quantizer.scale])
+    forget_state([optimizer], [model[0].weight_quantizer.scale])
     kept = optimizer.state[model[2].weight_quantizer.scale]
     assert float(kept["exp_avg"].abs().sum()) > 0
     forgotten = optimizer.state[model[0].weight_quantizer.scale]
