@@ -9,6 +9,7 @@ from lightning_qat.callbacks import (
     ProgressiveBitWidth,
     QATCallback,
     QuantizationStatistics,
+    ReasoningMatch,
 )
 from lightning_qat.conversion import (
     ConversionReport,
@@ -91,6 +92,7 @@ __all__ = [
     "QuantizationStatistics",
     "QuantizedTensor",
     "QuantizerSpec",
+    "ReasoningMatch",
     "Recipe",
     "Rule",
     "Soft",

@@ -7,8 +7,8 @@ EXPECTED = {
     "ElementwiseScaling", "Entropy", "ExportCallback", "FakeQuantizer", "FeatureMatch", "Hadamard", "HalfInt",
     "Int", "LayerSpec", "Learned", "LearnedSoft", "MinimumError", "MovingAverage", "Normalize", "PerChannel",
     "PerGroup", "PerTensor", "PerToken", "Percentile", "Pi", "PlateauBitWidth", "ProgressiveBitWidth",
-    "QATCallback", "QuantizationStatistics", "QuantizedTensor", "QuantizerSpec", "Recipe", "Rule", "Soft",
-    "StraightThrough", "Ternary", "bake", "calibrate", "codes", "float_weights", "load_checkpoint", "prepare",
+    "QATCallback", "QuantizationStatistics", "QuantizedTensor", "QuantizerSpec", "ReasoningMatch", "Recipe", "Rule",
+    "Soft", "StraightThrough", "Ternary", "bake", "calibrate", "codes", "float_weights", "load_checkpoint", "prepare",
     "recipes", "unprepare",
 }  # fmt: skip
 

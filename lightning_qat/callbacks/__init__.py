@@ -5,19 +5,26 @@ from lightning_qat.callbacks.calibration import Calibration
 from lightning_qat.callbacks.capture import FeatureMatch
 from lightning_qat.callbacks.distillation import Distillation
 from lightning_qat.callbacks.export import ExportCallback
+from lightning_qat.callbacks.masks import BatchMask, DelimiterMask, KindWeights, TargetMask
 from lightning_qat.callbacks.plateau import PlateauBitWidth
 from lightning_qat.callbacks.progressive import ProgressiveBitWidth
 from lightning_qat.callbacks.qat import QATCallback
+from lightning_qat.callbacks.reasoning import ReasoningMatch
 from lightning_qat.callbacks.statistics import QuantizationStatistics
 
 __all__ = [
+    "BatchMask",
     "Bounds",
     "Calibration",
+    "DelimiterMask",
     "Distillation",
     "ExportCallback",
     "FeatureMatch",
+    "KindWeights",
     "PlateauBitWidth",
     "ProgressiveBitWidth",
     "QATCallback",
     "QuantizationStatistics",
+    "ReasoningMatch",
+    "TargetMask",
 ]

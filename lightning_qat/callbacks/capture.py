@@ -162,8 +162,13 @@ def find_module(model: nn.Module, name: str, argument: str) -> nn.Module:
     return model.get_submodule(name)
 
 
-def find_layers(model: nn.Module, match: str) -> dict[str, nn.Module]:
+def find_layers(model: nn.Module, match: str, asked: str) -> dict[str, nn.Module]:
     """Return the modules whose dotted name matches a glob.
+
+    Args:
+        model: where to look.
+        match: the glob.
+        asked: the class that has it as its argument, for the message.
 
     Raises:
         ValueError: a pattern that matches nothing, with similar names.
@@ -172,7 +177,7 @@ def find_layers(model: nn.Module, match: str) -> dict[str, nn.Module]:
     found = {name: model.get_submodule(name) for name in names if fnmatch.fnmatchcase(name, match)}
     if not found:
         raise ValueError(
-            f"Distillation: FeatureMatch(match={match!r}) matches no module of {type(model).__name__}; "
+            f"Distillation: {asked}(match={match!r}) matches no module of {type(model).__name__}; "
             f"candidates: {close_names(match, names)}"
         )
     return found

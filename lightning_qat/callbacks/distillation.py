@@ -21,6 +21,7 @@ from lightning_qat.callbacks.capture import (
     find_tensor,
     module_names,
 )
+from lightning_qat.callbacks.reasoning import ReasoningMatch
 from lightning_qat.callbacks.teacher import Teacher, TeacherSource
 from lightning_qat.losses import kl_divergence, top1_agreement
 
@@ -39,7 +40,8 @@ class Distillation(pl.Callback, ModuleHooks):
     weights are in the checkpoint (None), or a hash of them is, and another teacher is an error.
 
     Logged every ``log_every_n_steps``: ``distillation/task_loss``, ``/loss``, ``/ratio`` (of weighted distillation loss
-    to task loss), ``/top1_agreement`` with the teacher, and ``/features`` where layers are matched.
+    to task loss), ``/top1_agreement`` with the teacher, ``/features`` where layers are matched, and ``/reasoning`` with
+    ``/reasoning_step``, ``/reasoning_trajectory`` and ``/reasoning_answer`` where steps of reasoning are.
 
     Args:
         teacher: None for a copy of the latent float weights at fit start (kept in checkpoints: the size of the float
@@ -55,6 +57,7 @@ class Distillation(pl.Callback, ModuleHooks):
         mask: function of the batch that returns which positions count, such as
             ``lambda batch: next_token_mask(batch["labels"])``.
         features: layers inside the model that follow the teacher's, too.
+        reasoning: steps of reasoning that follow the teacher's, too; adds its own weight times its own loss.
         dtype: ``"same"`` as the student, or ``"bfloat16"`` to halve the teacher's memory.
 
     Raises:
@@ -75,15 +78,18 @@ class Distillation(pl.Callback, ModuleHooks):
         select: Callable[[Any], Tensor] | None = None,
         mask: Callable[[Any], Tensor] | None = None,
         features: tuple[FeatureMatch, ...] = (),
+        reasoning: ReasoningMatch | None = None,
         dtype: Literal["same", "float32", "bfloat16"] = "same",
     ) -> None:
         _check(temperature=temperature, weight=weight, dtype=dtype)
         self.teacher = Teacher(teacher, dtype=_DTYPES[dtype])
         self.temperature, self.weight, self.loss, self.dtype = temperature, weight, loss, dtype
         self.module, self.select, self.mask, self.features = module, select, mask, tuple(features)
+        self.reasoning = reasoning
         self._options = _options(loss, temperature, mask)
         self._target: str | None = module or None
         self._layers: list[dict[str, nn.Module]] = []
+        self._reasoning_layer: dict[str, nn.Module] = {}
         self._calls: list[Call] = []
         self._batch: Any = None
         self._compiled_step: Any = None
@@ -93,7 +99,7 @@ class Distillation(pl.Callback, ModuleHooks):
         given = {
             "teacher": self.teacher.source, "temperature": self.temperature, "weight": self.weight, "loss": self.loss,
             "module": self.module, "select": self.select, "mask": self.mask, "features": self.features,
-            "dtype": self.dtype,
+            "reasoning": self.reasoning, "dtype": self.dtype,
         }  # fmt: skip
         defaults = {name: p.default for name, p in inspect.signature(type(self)).parameters.items()}
         shown = [f"{name}={_name(value)}" for name, value in given.items() if value is not defaults[name]]
@@ -112,20 +118,21 @@ class Distillation(pl.Callback, ModuleHooks):
         if self._compiled_step is not None:
             pl_module.__dict__["training_step"] = self._compiled_step
             self._compiled_step = None
-        self._calls, self._batch, self._layers = [], None, []
+        self._calls, self._batch, self._layers, self._reasoning_layer = [], None, [], {}
         detach(pl_module)
 
     @override
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         if self.module:
             find_module(pl_module, self.module, "module")
-        self._layers = [find_layers(pl_module, feature.match) for feature in self.features]
+        self._layers = [find_layers(pl_module, feature.match, "FeatureMatch") for feature in self.features]
+        self._reasoning_layer = {} if self.reasoning is None else self.reasoning.find_layer(pl_module)
         self.teacher.build(pl_module)
-        missing = [name for layers in self._layers for name in layers if not self.teacher.has(self._in_teacher(name))]
+        missing = [name for name in self._inside() if not self.teacher.has(self._in_teacher(name))]
         if missing:
             raise ValueError(
                 f"Distillation: the teacher has no layer {missing[0]!r} (and lacks {len(missing) - 1} more that "
-                "FeatureMatch names); match layers that both have"
+                "FeatureMatch or ReasoningMatch names); match layers that both have"
             )
 
     @override
@@ -148,9 +155,12 @@ class Distillation(pl.Callback, ModuleHooks):
 
     @contextmanager
     def _capturing(self, pl_module: "pl.LightningModule") -> Iterator[None]:
-        layers = {name: module for matched in self._layers for name, module in matched.items()}
-        with capturing(self._candidates(pl_module), layers) as self._calls:
+        with capturing(self._candidates(pl_module), self._inside()) as self._calls:
             yield
+
+    def _inside(self) -> dict[str, nn.Module]:
+        """Return the layers inside the model whose outputs are compared, by name."""
+        return {name: module for matched in (*self._layers, self._reasoning_layer) for name, module in matched.items()}
 
     def _candidates(self, pl_module: "pl.LightningModule") -> dict[str, nn.Module]:
         if self._target is not None:
@@ -182,9 +192,7 @@ class Distillation(pl.Callback, ModuleHooks):
         return task + total
 
     def _terms(self, call: Call, mask: Tensor | None, pl_module: "pl.LightningModule") -> dict[str, Tensor]:
-        layers = {
-            name: self.teacher.counterpart(self._in_teacher(name)) for matched in self._layers for name in matched
-        }
+        layers = {name: self.teacher.counterpart(self._in_teacher(name)) for name in self._inside()}
         output, theirs = self.teacher(call.name, call.args, call.kwargs, layers)
         student = self._tensor(call.output, call.name, pl_module)
         teacher = self._tensor(output, call.name, pl_module)
@@ -193,6 +201,9 @@ class Distillation(pl.Callback, ModuleHooks):
         if self.features:
             terms["features"] = self._feature_loss(call.features, theirs, mask)
             terms["total"] = terms["total"] + terms["features"]
+        if self.reasoning is not None:
+            terms |= self._reasoning_terms(self.reasoning, (call.features, student), (theirs, teacher))
+            terms["total"] = terms["total"] + self.reasoning.weight * terms["reasoning"]
         if student.dim() > 1 and pl_module.trainer._logger_connector.should_update_logs:
             agreement_mask = mask if mask is None or mask.shape == student.shape[:-1] else None
             terms["top1_agreement"] = top1_agreement(student.detach(), teacher, mask=agreement_mask)
@@ -204,14 +215,23 @@ class Distillation(pl.Callback, ModuleHooks):
             options = {"mask": mask} if mask is not None and "mask" in _parameters(feature.loss) else {}
             select = feature.select or find_tensor
             for name in matched:
-                if name not in ours:
-                    raise ValueError(
-                        f"Distillation: FeatureMatch(match={feature.match!r}): {name} did not run inside the student's "
-                        "forward; restrict the pattern to layers that do"
-                    )
+                _check_ran(name, ours, feature)
                 loss = feature.loss(select(ours[name]), select(theirs[name]), **options)
                 losses.append(feature.weight / len(matched) * loss)
         return torch.stack(losses).sum()
+
+    def _reasoning_terms(
+        self, reasoning: ReasoningMatch, ours: tuple[dict[str, Any], Tensor], theirs: tuple[dict[str, Any], Tensor]
+    ) -> dict[str, Tensor]:
+        (name,) = self._reasoning_layer
+        _check_ran(name, ours[0], reasoning)
+        terms = reasoning.terms((ours[0][name], ours[1]), (theirs[0][name], theirs[1]), self._batch)
+        return {
+            "reasoning": terms.total,
+            "reasoning_step": terms.step,
+            "reasoning_trajectory": terms.trajectory,
+            "reasoning_answer": terms.answer,
+        }
 
     def _in_teacher(self, name: str) -> str:
         """Return a layer's name in the teacher, which may be no more than the student's matched submodule."""
@@ -245,10 +265,9 @@ class Distillation(pl.Callback, ModuleHooks):
     ) -> None:
         task, total = task.detach(), total.detach()
         values = {"task_loss": task, "ratio": total / task.abs().clamp(min=1e-12)}
-        for name, combine in (("loss", torch.sum), ("features", torch.sum), ("top1_agreement", torch.mean)):
-            present = [term[name].detach() for term in terms if name in term]
-            if present:
-                values[name] = combine(torch.stack(present))
+        for name in terms[0].keys() - {"total"}:
+            combine = torch.mean if name == "top1_agreement" else torch.sum
+            values[name] = combine(torch.stack([term[name].detach() for term in terms if name in term]))
         named = {f"distillation/{name}": value for name, value in values.items()}
         pl_module.log_dict(named, on_step=True, on_epoch=False, batch_size=1)
 
@@ -260,6 +279,14 @@ def _check(*, temperature: float, weight: float, dtype: str) -> None:
         raise ValueError(f"Distillation: weight={weight} is not allowed; choose a value that is not negative")
     if dtype not in _DTYPES:
         raise ValueError(f"Distillation: dtype={dtype!r} is not allowed; choose one of {sorted(_DTYPES)}")
+
+
+def _check_ran(name: str, features: dict[str, Any], match: FeatureMatch | ReasoningMatch) -> None:
+    if name not in features:
+        raise ValueError(
+            f"Distillation: {type(match).__name__}(match={match.match!r}): {name} did not run inside the student's "
+            "forward; restrict the pattern to layers that do"
+        )
 
 
 def _parameters(loss: Loss) -> set[str]:

@@ -70,6 +70,25 @@ class ReasoningWeights:
         """
         return cls(step=0.2, trajectory=0.6, answer=0.3)
 
+    @classmethod
+    def named(cls, name: str) -> "ReasoningWeights":
+        """Return a preset by its name, for configs.
+
+        Args:
+            name: ``"default"``, ``"mathematics"`` or ``"code"``.
+
+        Raises:
+            ValueError: there is no such preset.
+
+        Example:
+            >>> ReasoningWeights.named("code") == ReasoningWeights.code()
+            True
+        """
+        presets = {"default": cls, "mathematics": cls.mathematics, "code": cls.code}
+        if name not in presets:
+            raise ValueError(f"ReasoningWeights.named: {name!r} is no preset; choose one of {list(presets)}")
+        return presets[name]()
+
 
 class ReasoningOutputs(NamedTuple):
     """What `chain_of_thought_fidelity` compares of one model.
