@@ -1,15 +1,31 @@
 """Conversion: the only code that edits a model."""
 
+from lightning_qat.conversion.allocate import allocate_bits
+from lightning_qat.conversion.allocation import Allocation
 from lightning_qat.conversion.bake import bake, codes
 from lightning_qat.conversion.calibrate import calibrate
 from lightning_qat.conversion.checkpoint import load_checkpoint
 from lightning_qat.conversion.fold import fold_batchnorm, reestimate_batchnorm
 from lightning_qat.conversion.prepare import float_weights, prepare, unprepare
 from lightning_qat.conversion.report import ConversionReport, ReportRow
+from lightning_qat.conversion.sensitivity import (
+    FisherError,
+    LossChange,
+    OutputDivergence,
+    OutputError,
+    Sensitivity,
+)
 
 __all__ = [
+    "Allocation",
     "ConversionReport",
+    "FisherError",
+    "LossChange",
+    "OutputDivergence",
+    "OutputError",
     "ReportRow",
+    "Sensitivity",
+    "allocate_bits",
     "bake",
     "calibrate",
     "codes",

@@ -105,13 +105,23 @@ def check_precisions(
     wanted = list(precisions)
     for name, quantizer in chosen.items():
         for precision in wanted:
-            grid = target_grid(quantizer, precision)
-            _check_grid(quantizer, grid)
-            _check_zero(model.get_submodule(name.rpartition(".")[0]), name, grid)
+            check_grid(quantizer, target_grid(quantizer, precision), model.get_submodule(name.rpartition(".")[0]), name)
     return chosen
 
 
-def _check_grid(quantizer: FakeQuantizer, grid: Grid) -> None:
+def check_grid(quantizer: FakeQuantizer, grid: Grid, layer: nn.Module, name: str) -> None:
+    """Check that a quantizer can change to a grid.
+
+    Args:
+        quantizer: of a weight or an input.
+        grid: the new one.
+        layer: whose weight or input it is.
+        name: dotted name of the quantizer, or of the weight.
+
+    Raises:
+        ValueError: a zero point on one side only, a grid without meaning for the scale, or one without zero where zeros
+            must stay.
+    """
     problem = "one has a zero point, the other has none" if grid.symmetric != quantizer.spec.grid.symmetric else ""
     try:
         replace(quantizer.spec, grid=grid)
@@ -119,6 +129,7 @@ def _check_grid(quantizer: FakeQuantizer, grid: Grid) -> None:
         problem = problem or str(error)
     if problem:
         raise ValueError(f"{quantizer.name}: cannot change from {quantizer.spec.grid!r} to {grid!r}: {problem}")
+    _check_zero(layer, name, grid)
 
 
 def _check_zero(layer: nn.Module, name: str, grid: Grid) -> None:
