@@ -3,9 +3,11 @@
 import lightning_qat
 
 EXPECTED = {
+    "BitAllocation", "FisherError", "LossChange", "OutputDivergence", "OutputError", "allocate_bits",
     "AbsMax", "AbsMean", "Binary", "Calibration", "Center", "Clipped", "ConversionReport", "Distillation",
     "ElementwiseScaling", "Entropy", "ExportCallback", "FakeQuantizer", "FeatureMatch", "Hadamard", "HalfInt",
-    "Int", "LayerSpec", "Learned", "LearnedSoft", "MinimumError", "MovingAverage", "Normalize", "PerChannel",
+    "Int", "LayerSpec", "Learned", "LearnedSoft", "MinimumError", "MovingAverage", "Normalize",
+    "ParameterGroup", "PerChannel",
     "PerGroup", "PerTensor", "PerToken", "Percentile", "Pi", "PlateauBitWidth", "ProgressiveBitWidth",
     "QATCallback", "QuantizationStatistics", "QuantizedTensor", "QuantizerSpec", "ReasoningMatch", "Recipe", "Rule",
     "Soft", "StraightThrough", "Ternary", "bake", "calibrate", "codes", "float_weights", "load_checkpoint", "prepare",

@@ -1,11 +1,13 @@
 """Callbacks: each does one thing and composes with the others."""
 
 from lightning_qat.callbacks.advice import Bounds
+from lightning_qat.callbacks.bit_allocation import BitAllocation
 from lightning_qat.callbacks.calibration import Calibration
 from lightning_qat.callbacks.capture import FeatureMatch
 from lightning_qat.callbacks.distillation import Distillation
 from lightning_qat.callbacks.export import ExportCallback
 from lightning_qat.callbacks.masks import BatchMask, DelimiterMask, KindWeights, TargetMask
+from lightning_qat.callbacks.parameter_group import ParameterGroup
 from lightning_qat.callbacks.plateau import PlateauBitWidth
 from lightning_qat.callbacks.progressive import ProgressiveBitWidth
 from lightning_qat.callbacks.qat import QATCallback
@@ -14,6 +16,7 @@ from lightning_qat.callbacks.statistics import QuantizationStatistics
 
 __all__ = [
     "BatchMask",
+    "BitAllocation",
     "Bounds",
     "Calibration",
     "DelimiterMask",
@@ -21,6 +24,7 @@ __all__ = [
     "ExportCallback",
     "FeatureMatch",
     "KindWeights",
+    "ParameterGroup",
     "PlateauBitWidth",
     "ProgressiveBitWidth",
     "QATCallback",

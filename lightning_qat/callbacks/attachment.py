@@ -87,6 +87,17 @@ def is_attached(pl_module: "pl.LightningModule") -> bool:
     return hasattr(type(pl_module), _BASE)
 
 
+def own_method(pl_module: "pl.LightningModule", name: str) -> Callable[..., Any]:
+    """Return a method of the module as the user wrote it, in which no callback takes part."""
+    held = vars(pl_module).get(name)
+    if held is not None:
+        original: Callable[..., Any] = held.original if isinstance(held, _InstanceMethod) else held
+        return original
+    base = getattr(type(pl_module), _BASE, type(pl_module))
+    method: Callable[..., Any] = getattr(base, name).__get__(pl_module)
+    return method
+
+
 def _hooks(pl_module: "pl.LightningModule") -> Iterator[ModuleHooks]:
     return (callback for callback in callbacks_of(pl_module._trainer) if isinstance(callback, ModuleHooks))
 

@@ -1,18 +1,24 @@
-"""Batches for calibration: from one dataloader or from several, and how many samples they hold."""
+"""Batches at fit start: from one dataloader or several, prepared as for training, and how many samples they hold."""
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
+import lightning.pytorch as pl
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 _MISSING: Final = object()
+_ONLY_DOMAIN: Final = "data"
 
 
-def check_loaders(dataloader: Any) -> None:
-    """Check what ``Calibration(dataloader=...)`` was given.
+def check_loaders(dataloader: Any, who: str) -> None:
+    """Check what the argument ``dataloader`` of a callback was given.
+
+    Args:
+        dataloader: the argument.
+        who: name of the callback, for messages.
 
     Raises:
         TypeError: a dataloader that cannot be iterated.
@@ -22,11 +28,53 @@ def check_loaders(dataloader: Any) -> None:
         return
     loaders = dataloader if isinstance(dataloader, Mapping) else {"": dataloader}
     if not loaders:
-        raise ValueError("Calibration: dataloader={} is empty; give one dataloader per domain, or leave it out")
+        raise ValueError(f"{who}: dataloader={{}} is empty; give one dataloader per domain, or leave it out")
     for name, loader in loaders.items():
         if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
             key = f"dataloader[{name!r}]" if name else "dataloader"
-            raise TypeError(f"Calibration: {key}={loader!r} cannot be iterated; give a DataLoader or a list of batches")
+            raise TypeError(f"{who}: {key}={loader!r} cannot be iterated; give a DataLoader or a list of batches")
+
+
+def named_loaders(trainer: "pl.Trainer", dataloader: Any, who: str) -> dict[str, Any]:
+    """Return loaders by name of their domain: those that were given, or the training data.
+
+    Args:
+        trainer: at fit start.
+        dataloader: None, one loader, or a dict of them.
+        who: name of the callback, for messages.
+
+    Raises:
+        ValueError: training data that can be read only once.
+    """
+    if isinstance(dataloader, Mapping):
+        return {str(name): loader for name, loader in dataloader.items()}
+    if dataloader is not None:
+        return {_ONLY_DOMAIN: dataloader}
+    loader = trainer.fit_loop._data_source.dataloader()
+    if any(map(reads_once, flattened([loader]))):
+        raise ValueError(
+            f"{who}: the training data can be read only once, and looking at it now would use it up; pass "
+            f"{who}(dataloader=...)"
+        )
+    return {_ONLY_DOMAIN: loader}
+
+
+def prepared_batches(
+    trainer: "pl.Trainer", pl_module: "pl.LightningModule", loaders: Mapping[str, Any], num_batches: int
+) -> Iterator[tuple[str, Any]]:
+    """Yield (name, batch): this process's share of the batches of all loaders, prepared as for training.
+
+    Args:
+        trainer: at fit start.
+        pl_module: its module, whose preprocessing is applied.
+        loaders: by name.
+        num_batches: most batches of each loader per process.
+    """
+    share = {"num_batches": num_batches, "rank": trainer.global_rank, "world_size": trainer.world_size}
+    for name, batch in in_turn(loaders, **share):
+        batch = trainer.precision_plugin.convert_input(batch)
+        batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
+        yield name, trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
 def flattened(loaders: Iterable[Any]) -> list[Any]:

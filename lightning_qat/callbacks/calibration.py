@@ -14,7 +14,14 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_qat.callbacks.attachment import averaged_models
-from lightning_qat.callbacks.batches import check_loaders, describe_shares, flattened, in_turn, num_samples, reads_once
+from lightning_qat.callbacks.batches import (
+    check_loaders,
+    describe_shares,
+    flattened,
+    named_loaders,
+    num_samples,
+    prepared_batches,
+)
 from lightning_qat.callbacks.running import Forward, call_module, find_forward
 from lightning_qat.callbacks.untouched import without_trace
 from lightning_qat.conversion.calibrate import (
@@ -28,7 +35,6 @@ from lightning_qat.conversion.undisturbed import undisturbed_loaders
 
 _FORMAT: Final = "lightning_qat.calibration"
 _VERSION: Final = 1
-_ONLY_DOMAIN: Final = "data"
 
 
 @final
@@ -68,7 +74,7 @@ class Calibration(pl.Callback):
     ) -> None:
         if not isinstance(num_batches, int) or num_batches < 1:
             raise ValueError(f"Calibration: num_batches={num_batches!r} is not allowed; choose a positive integer")
-        check_loaders(dataloader)
+        check_loaders(dataloader, "Calibration")
         self.num_batches = num_batches
         self.dataloader = dataloader
         self.forward = forward
@@ -97,7 +103,7 @@ class Calibration(pl.Callback):
             rank_zero_info("Calibration: nothing to calibrate, every scale is known or recomputed.")
             return
         with without_trace(pl_module):
-            loaders = self._loaders(trainer)
+            loaders = named_loaders(trainer, self.dataloader, "Calibration")
             with undisturbed_loaders(flattened(loaders.values())), trainer.precision_plugin.forward_context():
                 run, batches = self._runner(pl_module, self._batches(trainer, pl_module, loaders))
                 find_input_scales(pl_module, missing, batches, run)
@@ -105,29 +111,12 @@ class Calibration(pl.Callback):
         _tell_averages(trainer, pl_module)
         rank_zero_info(f"Calibration: found {len(missing)} input scales from {describe_shares(self.samples)}.")
 
-    def _loaders(self, trainer: "pl.Trainer") -> dict[str, Any]:
-        if isinstance(self.dataloader, Mapping):
-            return {str(name): loader for name, loader in self.dataloader.items()}
-        if self.dataloader is not None:
-            return {_ONLY_DOMAIN: self.dataloader}
-        loader = trainer.fit_loop._data_source.dataloader()
-        if any(map(reads_once, flattened([loader]))):
-            raise ValueError(
-                "Calibration: the training data can be read only once, so that calibration would use it up; pass "
-                "Calibration(dataloader=...)"
-            )
-        return {_ONLY_DOMAIN: loader}
-
     def _batches(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", loaders: dict[str, Any]
     ) -> Iterator[Any]:
-        """Yield this process's share of the batches of all domains, prepared as for training."""
+        """Yield this process's share of the batches of all domains, and count their samples."""
         self.samples = dict.fromkeys(loaders, 0)
-        share = {"num_batches": self.num_batches, "rank": trainer.global_rank, "world_size": trainer.world_size}
-        for name, batch in in_turn(loaders, **share):
-            batch = trainer.precision_plugin.convert_input(batch)
-            batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
-            batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+        for name, batch in prepared_batches(trainer, pl_module, loaders, self.num_batches):
             self.samples[name] += num_samples(batch)
             yield batch
 

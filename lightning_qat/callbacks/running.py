@@ -40,7 +40,7 @@ def _has_predict_step(pl_module: nn.Module) -> bool:
 
 def call_predict_step(pl_module: Any, batch: Any) -> Any:
     """Call ``predict_step`` with a batch, and with its index if it takes one."""
-    takes_index = _num_positional(pl_module.predict_step)[1] > 1
+    takes_index = num_positional(pl_module.predict_step)[1] > 1
     return pl_module.predict_step(batch, 0) if takes_index else pl_module.predict_step(batch)
 
 
@@ -53,11 +53,11 @@ def call_module(pl_module: nn.Module, batch: Any) -> Any:
         named = {p.name: batch[p.name] for p in parameters if p.name in batch}
         return pl_module(**named) if named else pl_module(batch)
     if isinstance(batch, tuple | list):
-        return pl_module(*batch[: max(1, _num_positional(pl_module.forward)[0])])
+        return pl_module(*batch[: max(1, num_positional(pl_module.forward)[0])])
     return pl_module(batch)
 
 
-def _num_positional(function: Callable[..., Any]) -> tuple[int, float]:
+def num_positional(function: Callable[..., Any]) -> tuple[int, float]:
     """Return how many positional arguments a function requires, and how many it takes."""
     parameters = inspect.signature(function).parameters.values()
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]

@@ -148,7 +148,7 @@ def find_allocation(
         sums = gather(torch.cat([total.flatten(), torch.tensor([float(num_batches)])]))
         total, num_batches = sums[:-1].reshape(total.shape), int(sums[-1])
     if not num_batches:
-        raise ValueError("allocate_bits: no batches were given")
+        raise ValueError("no batches were given, and sensitivities are measured on data")
     costs = (total / num_batches).tolist()
     names, sizes = [tuple(unit.owners) for unit in found], [unit.num_weights for unit in found]
     for name, row in zip(names, costs, strict=True):

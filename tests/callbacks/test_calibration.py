@@ -271,7 +271,7 @@ class Itself(IterableDataset[Any]):
     "once", [lambda: iter(list(loader())), lambda: DataLoader(Stream(), 8), lambda: DataLoader(Itself(), 8)]
 )
 def test_data_that_can_be_read_once_needs_another_loader(once: Callable[[], Any]) -> None:
-    message = r"can be read only once, so that calibration would use it up; pass Calibration\(dataloader=...\)"
+    message = r"can be read only once, and looking at it now would use it up; pass Calibration\(dataloader=...\)"
     with pytest.raises(ValueError, match=message):
         fit(Net(), QATCallback(STORED_INPUTS), Calibration(), train=once())
     made = fit(Net(), QATCallback(STORED_INPUTS), Calibration(dataloader=loader()), train=iter(list(loader())))
