@@ -84,10 +84,10 @@ class ReasoningWeights:
             >>> ReasoningWeights.named("code") == ReasoningWeights.code()
             True
         """
-        presets = {"default": cls, "mathematics": cls.mathematics, "code": cls.code}
+        presets = {"default": cls(), "mathematics": cls.mathematics(), "code": cls.code()}
         if name not in presets:
             raise ValueError(f"ReasoningWeights.named: {name!r} is no preset; choose one of {list(presets)}")
-        return presets[name]()
+        return presets[name]
 
 
 class ReasoningOutputs(NamedTuple):
