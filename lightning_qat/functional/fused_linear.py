@@ -1,6 +1,6 @@
 """A linear layer with quantized weight and input as one function that keeps little for backward."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -102,8 +102,8 @@ class _FusedLinear(torch.autograd.Function):
         kept, weight, *tensors = ctx.saved_tensors
         plan: Plan = ctx.plan
         grad = grad.to(plan.dtype)
-        of_weight = _setting(tuple(tensors[:5]), plan.weight)
-        of_input = None if plan.input is None else _setting(tuple(tensors[5:]), plan.input)
+        of_weight = _not_before(grad, _setting(tuple(tensors[:5]), plan.weight))
+        of_input = None if plan.input is None else _not_before(grad, _setting(tuple(tensors[5:]), plan.input))
         grad_x, *from_input = _input_gradients(ctx, grad, kept, weight, of_weight, of_input)
         grad_weight, *from_weight = _weight_gradients(ctx, grad, kept, weight, of_weight, of_input)
         wants_bias = ctx.needs_input_grad[2]
@@ -139,6 +139,20 @@ def fused_linear(
     tensors = [(s.scale, s.zero_point, s.temperature, s.lo, s.hi) for s in (of_weight, of_input) if s is not None]
     y: Tensor = _FusedLinear.apply(x, weight, bias, plan, *(t for five in tensors for t in five))[0]  # type: ignore[no-untyped-call]
     return y
+
+
+def _not_before(grad: Tensor, setting: Setting) -> Setting:
+    """Let a compiler quantize in backward once the gradient is there.
+
+    What does not depend on a gradient the partitioner of torch.compile computes in the forward, and keeps: the
+    quantized weight that is to be computed anew. So the scale waits for one number of the gradient, times zero as an
+    integer, which is exact for every number, infinity and NaN.
+    """
+    if not torch.compiler.is_compiling():
+        return setting
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[grad.element_size()]
+    zero = (grad.reshape(-1)[:1].view(bits) & 0).sum()
+    return replace(setting, scale=setting.scale + zero)
 
 
 def _cast(bias: Tensor | None, plan: Plan) -> Tensor | None:
