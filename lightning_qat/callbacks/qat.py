@@ -1,7 +1,8 @@
 """QATCallback: one line that makes a LightningModule train quantized."""
 
+import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Final, final
 
@@ -14,14 +15,15 @@ from typing_extensions import override
 
 from lightning_qat.callbacks.attachment import ModuleHooks, attach, averaged_models, callbacks_of, detach
 from lightning_qat.callbacks.differences import differences
-from lightning_qat.callbacks.optimizers import (
+from lightning_qat.callbacks.optimizer_checks import (
     align_rates,
+    check_averaging,
     check_groups,
-    followers,
-    quantizer_parameters,
-    separate_scales,
-    unwatch,
+    check_options,
+    check_resumed,
 )
+from lightning_qat.callbacks.optimizers import separate_scales, unwatch
+from lightning_qat.callbacks.parameter_group import ParameterGroup, followers, quantizer_parameters
 from lightning_qat.conversion.calibrate import uncalibrated
 from lightning_qat.conversion.checkpoint import CHECKPOINT_KEY, is_quantizer_key
 from lightning_qat.conversion.prepare import convert, prepared_state, quantizers, refresh_scales, report_of
@@ -47,12 +49,14 @@ class QATCallback(pl.Callback, ModuleHooks):
         recipe: which layers get which quantizers; ``recipes.int4()`` if the model is not prepared already.
         arithmetic: ``"auto"``, or how products of quantized values are computed; see :func:`lightning_qat.prepare`.
         scale_lr_multiplier: learning rate of scales relative to that of their weights, positive.
+        groups: learning rate and weight decay of some weights, scales or temperatures; the first that matches decides.
 
     Raises:
-        TypeError: a recipe of the wrong kind.
-        ValueError: a multiplier that is not positive. At the start of a stage: rules without effect, input scales that
-            nothing calibrates, callbacks in the wrong order, a checkpoint or model of another recipe, an optimizer or
-            scheduler that cannot train scales, a strategy that would lose them.
+        TypeError: a recipe or group of the wrong kind.
+        ValueError: a multiplier that is not positive, a group given twice. At the start of a stage: rules or groups
+            without effect, input scales that nothing calibrates, callbacks in the wrong order, a checkpoint or model of
+            another recipe or of other optimizer options, an optimizer or scheduler that cannot train scales, a strategy
+            that would lose them.
 
     Example::
 
@@ -60,7 +64,12 @@ class QATCallback(pl.Callback, ModuleHooks):
     """
 
     def __init__(
-        self, recipe: Recipe | None = None, *, arithmetic: str = "auto", scale_lr_multiplier: float = 1.0
+        self,
+        recipe: Recipe | None = None,
+        *,
+        arithmetic: str = "auto",
+        scale_lr_multiplier: float = 1.0,
+        groups: Iterable[ParameterGroup] = (),
     ) -> None:
         if recipe is not None and not isinstance(recipe, Recipe):
             raise TypeError(f"QATCallback: recipe={recipe!r} is not a Recipe; try recipes.int4()")
@@ -69,13 +78,14 @@ class QATCallback(pl.Callback, ModuleHooks):
         self.recipe = recipe
         self.arithmetic = arithmetic
         self.scale_lr_multiplier = scale_lr_multiplier
+        self.groups = _checked(groups)
         self._reported: ConversionReport | None = None
 
     def __repr__(self) -> str:
         """Return an expression that evaluates back."""
         return (
             f"QATCallback({self.recipe!r}, arithmetic={self.arithmetic!r}, "
-            f"scale_lr_multiplier={self.scale_lr_multiplier!r})"
+            f"scale_lr_multiplier={self.scale_lr_multiplier!r}, groups={self.groups!r})"
         )
 
     @override
@@ -110,7 +120,7 @@ class QATCallback(pl.Callback, ModuleHooks):
 
     @override
     def building_optimizers(self, pl_module: "pl.LightningModule") -> AbstractContextManager[Any]:
-        return separate_scales(pl_module, self.scale_lr_multiplier)
+        return separate_scales(pl_module, self.scale_lr_multiplier, self.groups)
 
     @override
     def loading_checkpoint(self, pl_module: "pl.LightningModule", checkpoint: dict[str, Any]) -> None:
@@ -119,6 +129,8 @@ class QATCallback(pl.Callback, ModuleHooks):
         stored, state = checkpoint.get(CHECKPOINT_KEY), prepared_state(pl_module)
         if stored is None or state is None:
             return
+        if _is_fitting(pl_module):
+            check_resumed(stored.get("optimizer_options"), self._optimizer_options())
         lines = differences(Recipe.from_dict(stored["recipe"]), state.recipe, ("checkpoint", "callback"))
         if lines:
             raise ValueError(
@@ -131,7 +143,12 @@ class QATCallback(pl.Callback, ModuleHooks):
         state = prepared_state(pl_module)
         if state is not None:
             grids = {name: quantizer.get_extra_state().tolist() for name, quantizer in quantizers(pl_module).items()}
-            checkpoint[CHECKPOINT_KEY] = {"version": 1, "recipe": state.recipe.to_dict(), "grids": grids}
+            checkpoint[CHECKPOINT_KEY] = {
+                "version": 1,
+                "recipe": state.recipe.to_dict(),
+                "grids": grids,
+                "optimizer_options": self._optimizer_options(),
+            }
 
     @override
     def on_save_checkpoint(
@@ -144,6 +161,9 @@ class QATCallback(pl.Callback, ModuleHooks):
         self._check_prepared(trainer, pl_module)
         _check_averages(trainer, pl_module)
         check_groups(pl_module, trainer.optimizers)
+        check_options(pl_module, trainer.optimizers, self.groups)
+        multipliers = [self.scale_lr_multiplier, *(group.lr_multiplier for group in self.groups)]
+        check_averaging(callbacks_of(trainer), multipliers)
 
     @override
     def on_train_batch_start(
@@ -151,7 +171,7 @@ class QATCallback(pl.Callback, ModuleHooks):
     ) -> None:
         if batch_idx == 0:  # after on_train_epoch_start, where finetuning callbacks add groups
             check_groups(pl_module, trainer.optimizers)
-            align_rates(pl_module, trainer.optimizers, self.scale_lr_multiplier)
+            align_rates(trainer.optimizers)
 
     @override
     def on_validation_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -170,6 +190,11 @@ class QATCallback(pl.Callback, ModuleHooks):
     def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         unwatch(trainer.optimizers)
         detach(pl_module)
+
+    def _optimizer_options(self) -> dict[str, Any]:
+        """Return in plain types what a resumed optimizer already has."""
+        groups = [dataclasses.asdict(group) for group in self.groups]
+        return {"scale_lr_multiplier": self.scale_lr_multiplier, "groups": groups}
 
     def _check_prepared(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         refresh_scales(pl_module)
@@ -249,11 +274,24 @@ def _restore_grids(pl_module: nn.Module, checkpoint: dict[str, Any]) -> None:
             quantizer.set_extra_state(torch.tensor(grids[name]))
 
 
+def _checked(groups: Iterable[ParameterGroup]) -> tuple[ParameterGroup, ...]:
+    found = tuple(groups)
+    for index, group in enumerate(found):
+        if not isinstance(group, ParameterGroup):
+            raise TypeError(f"QATCallback: groups[{index}]={group!r} is not a ParameterGroup")
+        if any((group.match, group.kind) == (each.match, each.kind) for each in found[:index]):
+            raise ValueError(f"QATCallback: {group.label} is given twice, and the first decides; keep one of them")
+    return found
+
+
+def _is_fitting(pl_module: "pl.LightningModule") -> bool:
+    return getattr(pl_module._trainer, "state", None) is not None and pl_module.trainer.state.fn == "fit"
+
+
 def _check_resumable(pl_module: "pl.LightningModule", checkpoint: dict[str, Any]) -> None:
     keys = checkpoint.get("state_dict", ())  # strategies that shard have loaded it already and leave it out
     is_float = bool(keys) and not any(map(is_quantizer_key, keys))
-    fitting = getattr(pl_module._trainer, "state", None) is not None and pl_module.trainer.state.fn == "fit"
-    if is_float and fitting and quantizer_parameters(pl_module):
+    if is_float and _is_fitting(pl_module) and quantizer_parameters(pl_module):
         raise ValueError(
             "QATCallback: ckpt_path is a checkpoint of a float run, whose optimizer knows no scales, so that training "
             "cannot go on from it. Load its weights, load_checkpoint(model, path), and call trainer.fit(model) without "

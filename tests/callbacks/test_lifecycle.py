@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_qat import Calibration, QATCallback, Recipe, Rule, bake, load_checkpoint, prepare, recipes
 from lightning_qat.callbacks.attachment import is_attached
-from lightning_qat.callbacks.optimizers import quantizer_parameters
+from lightning_qat.callbacks.parameter_group import quantizer_parameters
 from tests.callbacks._models import (
     FLAVORS,
     HIDDEN,

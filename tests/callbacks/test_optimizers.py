@@ -22,13 +22,10 @@ from lightning_qat import (
     recipes,
 )
 from lightning_qat.callbacks.bit_width import forget_state
-from lightning_qat.callbacks.optimizers import (
-    GroupSplitter,
-    check_groups,
-    quantizer_parameters,
-    separate_scales,
-    unwatch,
-)
+from lightning_qat.callbacks.group_splitter import GroupSplitter
+from lightning_qat.callbacks.optimizer_checks import check_groups
+from lightning_qat.callbacks.optimizers import separate_scales, unwatch
+from lightning_qat.callbacks.parameter_group import quantizer_parameters
 from tests.callbacks._models import HIDDEN, LEARNED_INPUTS, WIDTH, Net, adamw, fit, loader
 
 Build = Callable[[nn.Module], Any]
