@@ -193,7 +193,7 @@ class BitAllocation(pl.Callback):
         for writer in writers(trainer.loggers):
             writer.add_text("quantization/allocation", markdown(allocation), 0)
             writer.add_figure("quantization/allocation", draw_allocation(allocation), 0, close=False)
-        if self.path is not None and trainer.is_global_zero and not trainer.fast_dev_run:
+        if self.path is not None and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             path = Path(trainer.default_root_dir) / self.path
             path.parent.mkdir(parents=True, exist_ok=True)
             allocation.save(path)

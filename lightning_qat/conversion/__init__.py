@@ -8,6 +8,7 @@ from lightning_qat.conversion.checkpoint import load_checkpoint
 from lightning_qat.conversion.fold import fold_batchnorm, reestimate_batchnorm
 from lightning_qat.conversion.prepare import float_weights, prepare, unprepare
 from lightning_qat.conversion.report import ConversionReport, ReportRow
+from lightning_qat.conversion.rotations import fold_rotations, online_rotations, rotate_between
 from lightning_qat.conversion.sensitivity import (
     FisherError,
     LossChange,
@@ -31,8 +32,11 @@ __all__ = [
     "codes",
     "float_weights",
     "fold_batchnorm",
+    "fold_rotations",
     "load_checkpoint",
+    "online_rotations",
     "prepare",
     "reestimate_batchnorm",
+    "rotate_between",
     "unprepare",
 ]

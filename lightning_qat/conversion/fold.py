@@ -72,7 +72,7 @@ def _observe(model: nn.Module, batch: Any, run: Forward) -> tuple[Any, list[tupl
     """Run the model, and return its output and the pairs of layer and BatchNorm that can become one."""
     layers = [module for module in model.modules() if _is_foldable(module)]
     norms = [m for m in model.modules() if isinstance(m, _NORMS) and m.running_mean is not None]
-    watch = _Uses()
+    watch = Uses()
     handles = [layer.register_forward_hook(watch.made) for layer in layers]
     handles += [norm.register_forward_pre_hook(watch.enter) for norm in norms]
     handles += [norm.register_forward_hook(watch.leave) for norm in norms]
@@ -95,7 +95,7 @@ def _is_foldable(module: nn.Module) -> bool:
 _FORWARDS: Final = tuple(kind.forward for kind in _FOLDABLE)
 
 
-class _Uses(TorchFunctionMode):
+class Uses(TorchFunctionMode):
     """Counts who uses the outputs of layers: one BatchNorm and nobody else makes a pair."""
 
     def __init__(self) -> None:
