@@ -1,6 +1,7 @@
 """bake() and codes(): from a trained model to plain modules and integer codes."""
 
 import copy
+from dataclasses import replace
 from typing import Any, Final, TypeVar
 
 import torch
@@ -10,6 +11,7 @@ from torch.nn.utils import parametrize
 from lightning_qat.conversion.baked_input import BAKED_ARGUMENTS, BAKED_INPUT, BakedInput, apply_baked_input
 from lightning_qat.conversion.baked_linear import integer_dtypes, multiply_integers
 from lightning_qat.conversion.inputs import ARGUMENTS, quantize_inputs
+from lightning_qat.conversion.lora import drop_adapter
 from lightning_qat.conversion.nested import keep_padded
 from lightning_qat.conversion.sharding import is_sharded
 from lightning_qat.conversion.slots import covered_parameters
@@ -18,6 +20,7 @@ from lightning_qat.conversion.undo import unprepare
 from lightning_qat.conversion.view import (
     INPUT_QUANTIZER,
     TRANSFORMS,
+    adapter,
     is_view,
     settled,
     transformed,
@@ -66,7 +69,9 @@ def _identity(module: nn.Module, slot: str) -> object:
 
 @torch.no_grad()
 def _codes_of(module: nn.Module, slot: str) -> QuantizedTensor:
-    return weight_quantizer(module, slot).quantize(transformed(module, settled(module, slot)))
+    tensor = weight_quantizer(module, slot).quantize(transformed(module, settled(module, slot)))
+    low_rank = adapter(module, slot)
+    return tensor if low_rank is None else replace(tensor, dtype=low_rank.dtype)
 
 
 def _check_whole(model: nn.Module) -> None:
@@ -105,6 +110,8 @@ def bake(model: _Module) -> _Module:
     on_integers = {module: dtypes for module, *_ in values if (dtypes := integer_dtypes(module))}
     for module in baked.modules():
         _bake_input(module)
+    for module, slot, *_ in values:
+        drop_adapter(module, slot)  # what it adds is in the values
     unprepare(baked)
     for module, slot, value, tensor in values:
         make_plain(module, slot)

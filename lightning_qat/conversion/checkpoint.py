@@ -8,6 +8,7 @@ from typing import Any, Final, TypeVar
 import torch
 from torch import nn
 
+from lightning_qat.conversion.lora import merged_state
 from lightning_qat.conversion.prepare import convert
 from lightning_qat.conversion.slots import QUANTIZER_NAMES
 from lightning_qat.conversion.state import prepared_state, quantizers
@@ -35,7 +36,8 @@ def load_checkpoint(
 
     A QAT checkpoint in a plain module gives its latent weights, with a warning; with ``quantized=True`` the module is
     prepared by the stored recipe first. A float checkpoint in a prepared module gives its weights, and scales are
-    found anew.
+    found anew. LoRA adapters that the module lacks are merged into its weights; those that the checkpoint lacks stay
+    zero.
 
     Args:
         module: plain or prepared.
@@ -63,6 +65,7 @@ def load_checkpoint(
                 f"load_checkpoint: {path} holds no recipe; prepare(module, recipe) first, or quantized=False"
             )
         convert(module, recipe)
+    state = merged_state(state, module.state_dict())
     if not quantizers(module):
         state = _without_quantizers(module, path, state)
     module.load_state_dict(state)

@@ -5,6 +5,7 @@ the input, too, where ours is the last forward pre-hook; the hook stays register
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -16,16 +17,20 @@ from lightning_qat.conversion.view import (
     INPUT_QUANTIZER,
     QUANTIZER_SUFFIX,
     TRANSFORMS,
+    adapter,
     is_view,
     latent,
     settled,
     transformed,
     weight_quantizer,
 )
+from lightning_qat.functional.fake_quantize import Setting
 from lightning_qat.functional.fused_linear import fused_linear
 from lightning_qat.functional.integer import MAX_FEATURES, integers_are_exact, integers_pay
+from lightning_qat.functional.recomputed_linear import Origin, recomputed_linear
 from lightning_qat.quantization.granularity import PerChannel, PerGroup, PerTensor, PerToken
 from lightning_qat.quantization.grid import Grid
+from lightning_qat.quantization.low_rank import LowRank
 from lightning_qat.quantization.quantizer import FakeQuantizer
 
 ARITHMETIC: Final = "_arithmetic"
@@ -51,27 +56,45 @@ def _unfused(module: Any, x: Tensor, own_input: bool) -> Tensor:
 
 
 def _fused(module: Any, x: Tensor, dtype: torch.dtype, *, own_input: bool, integer: bool) -> Tensor:
-    weight, of_weight = weight_quantizer(module, "weight").setting(transformed(module, latent(module, "weight")))
+    linear, weight, of_weight = _weight(module)
     if not own_input:
-        return fused_linear(x.to(dtype), weight, module.bias, of_weight)
+        return linear(x.to(dtype), weight, module.bias, of_weight)
     for transform in module._modules.get(TRANSFORMS) or ():
         x = transform.input(x)
     quantizer = module._modules.get(INPUT_QUANTIZER)
     if quantizer is None:
-        return fused_linear(x.to(dtype), weight, module.bias, of_weight)
+        return linear(x.to(dtype), weight, module.bias, of_weight)
     if _watched(module):  # hooks see the values, and the product stays what it is
         module.weight, quantizer(x)
     x, of_input = quantizer.setting(x)
     grouped = isinstance(quantizer.spec.granularity, PerGroup)
-    return fused_linear(
-        x, weight, module.bias, of_weight, of_input, grouped_input=grouped, integer=integer, dtype=dtype
-    )
+    return linear(x, weight, module.bias, of_weight, of_input, grouped_input=grouped, integer=integer, dtype=dtype)
+
+
+def _weight(module: nn.Module) -> tuple[Callable[..., Tensor], Tensor, Setting]:
+    """Return the function that computes the product, the weight for it, and how that is quantized.
+
+    A weight that LoRA corrects is not kept for backward: it is computed again. A compiler gets the plain form.
+    """
+    quantizer, low_rank = weight_quantizer(module, "weight"), adapter(module, "weight")
+    weight = latent(module, "weight")
+    if low_rank is None or torch.compiler.is_compiling():
+        value = transformed(module, weight if low_rank is None else low_rank(weight))
+        return fused_linear, *quantizer.setting(value)
+    origin = Origin(partial(_merged, module, low_rank), low_rank.sources(weight))
+    with torch.no_grad():
+        value = origin.compute(*origin.sources)
+    return partial(recomputed_linear, origin), *quantizer.setting(value)
+
+
+def _merged(module: nn.Module, low_rank: LowRank, *sources: Tensor) -> Tensor:
+    return transformed(module, low_rank.merge(*sources))
 
 
 def product_dtype(module: nn.Module, x: Tensor) -> torch.dtype | None:
     """Return the dtype that the product would have, or None where that is better left to ``nn.Linear``."""
-    weight = module._parameters.get("weight")
-    dtype = x.dtype if weight is None else weight.dtype
+    weight, low_rank = module._parameters.get("weight"), adapter(module, "weight")
+    dtype = low_rank.dtype if low_rank else x.dtype if weight is None else weight.dtype
     if torch.float64 not in (x.dtype, dtype) and torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return dtype if x.dtype == dtype and x.is_floating_point() else None
@@ -155,8 +178,10 @@ def arithmetic_label(module: nn.Module) -> str | None:
     reason = float_reason(module)
     if reason is not None:
         return f"float products: {reason}" if vars(module).get(ARITHMETIC) == "integer" else "float products"
-    weight = settled(module, "weight")
-    return "integer products" if runs_on_integers(module, weight.device.type, weight.dtype) else "float products"
+    low_rank = adapter(module, "weight")
+    weight = settled(module, "weight") if low_rank is None else latent(module, "weight")
+    dtype = low_rank.dtype if low_rank else weight.dtype
+    return "integer products" if runs_on_integers(module, weight.device.type, dtype) else "float products"
 
 
 def fused_forward(base: type[nn.Module], names: tuple[str, ...]) -> Callable[..., Tensor] | None:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 
-from lightning_qat.conversion.view import INPUT_QUANTIZER, QUANTIZER_SUFFIX
+from lightning_qat.conversion.view import ADAPTER_SUFFIX, INPUT_QUANTIZER, QUANTIZER_SUFFIX
 from lightning_qat.quantization.granularity import Layout
 from lightning_qat.quantization.recipe import CONVOLUTIONS
 
@@ -22,8 +22,9 @@ _TOKENS: Final = Layout(None, 1)
 
 QUANTIZER_NAMES: Final = frozenset(
     [INPUT_QUANTIZER, *(name + QUANTIZER_SUFFIX for name in ("weight", *_PACKED, *_SEPARATE, *_CELL))]
+    + [name + ADAPTER_SUFFIX for name in ("weight", *_PACKED, *_SEPARATE, *_CELL)]
 )
-"""Names of the children that prepare() registers; a module of the user's may well be called ``vector_quantizer``."""
+"""Names of the children that prepare() and add_lora() register; a module of the user's may well be called ``vector_quantizer``."""
 
 
 @final

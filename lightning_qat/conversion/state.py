@@ -16,6 +16,7 @@ from lightning_qat.conversion.view import (
     view_names,
     weight_quantizer,
 )
+from lightning_qat.quantization.low_rank import LowRank
 from lightning_qat.quantization.quantizer import FakeQuantizer
 from lightning_qat.quantization.recipe import Recipe
 
@@ -60,7 +61,7 @@ def layers(model: nn.Module) -> dict[str, nn.Module]:
 
 def _walk(module: nn.Module, name: str, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
     module = uncompiled(module)
-    if id(module) in seen or isinstance(module, FakeQuantizer):
+    if id(module) in seen or isinstance(module, FakeQuantizer | LowRank):
         return
     seen.add(id(module))
     yield name, module

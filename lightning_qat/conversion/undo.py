@@ -7,6 +7,7 @@ from torch import nn
 
 from lightning_qat.conversion.fused import ARITHMETIC
 from lightning_qat.conversion.inputs import ARGUMENTS, quantize_inputs, remove_hook
+from lightning_qat.conversion.lora import fold_adapters
 from lightning_qat.conversion.nested import restore_nested
 from lightning_qat.conversion.state import forget, quantizers, refresh_after_load
 from lightning_qat.conversion.view import (
@@ -22,11 +23,14 @@ from lightning_qat.conversion.view import (
 def unprepare(model: nn.Module) -> nn.Module:
     """Give back the plain float model with its latent weights, in place; a model that is not prepared stays as it is.
 
+    LoRA adapters are merged into the weights, which get the dtype that their layers compute in.
+
     Raises:
         RuntimeError: if a class was put on top of a prepared module since (``fully_shard``).
     """
     for module in model.modules():
         check_detachable(module)
+    fold_adapters(model, exact=False)
     for module in list(model.modules()):
         ours = [name + QUANTIZER_SUFFIX for name in view_names(module)]
         if ours:

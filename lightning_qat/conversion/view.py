@@ -15,13 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qat.conversion.sharding import find_scale_of, is_sharded, refuse_mixed_dtypes, refuse_shard, whole
+from lightning_qat.functional.fake_quantize import narrow
 from lightning_qat.quantization.grid import Grid
+from lightning_qat.quantization.low_rank import LowRank
 from lightning_qat.quantization.quantizer import FakeQuantizer
 from lightning_qat.quantization.transform import Transform
 
 QUANTIZER_SUFFIX: Final = "_quantizer"
 INPUT_QUANTIZER: Final = "input_quantizer"
 TRANSFORMS: Final = "quantizer_transforms"
+ADAPTER_SUFFIX: Final = "_quantizer_lora"
 _READS_LATENT: Final = "_reads_latent"
 
 # Who reads a weight to change or replace it, not to compute with it: pruning ranks latent weights, weight_norm splits
@@ -53,6 +56,12 @@ def weight_quantizer(module: nn.Module, name: str) -> FakeQuantizer:
     return quantizer
 
 
+def adapter(module: nn.Module, name: str) -> LowRank | None:
+    """Return what LoRA adds to a weight before it is quantized, or None."""
+    child = module._modules.get(name + ADAPTER_SUFFIX)
+    return child if isinstance(child, LowRank) else None
+
+
 def latent(module: nn.Module, name: str) -> Tensor:
     """Return the full-precision tensor behind a view (or behind an ordinary attribute).
 
@@ -77,7 +86,7 @@ def settled(module: nn.Module, name: str) -> Tensor:
     """Return the latent tensor as the next evaluation computes with it, without gradient.
 
     Where pruning, weight_norm or spectral_norm recompute it before each forward, what lies in the module is older than
-    the last optimizer step; in training, spectral_norm moves with every read.
+    the last optimizer step; in training, spectral_norm moves with every read. LoRA adapters are merged.
     """
     found: Tensor | None = None
     for hook in module._forward_pre_hooks.values():
@@ -87,10 +96,11 @@ def settled(module: nn.Module, name: str) -> Tensor:
         elif getattr(hook, "name", None) == name and hasattr(hook, "compute_weight"):
             still = {"do_power_iteration": False} if hasattr(hook, "n_power_iterations") else {}
             found = hook_.compute_weight(module, **still)
-    if found is not None:
-        return found.detach()
-    with _evaluating(module._modules.get("parametrizations")):
-        return latent(module, name).detach()
+    if found is None:
+        with _evaluating(module._modules.get("parametrizations")):
+            found = latent(module, name)
+    low_rank = adapter(module, name)
+    return found.detach() if low_rank is None else low_rank.merged(found.detach())
 
 
 @contextmanager
@@ -123,9 +133,11 @@ def find_scale(module: nn.Module, name: str) -> None:
 
 def fake_quantized(module: nn.Module, name: str) -> Tensor:
     """Return a weight as the layer computes with it: transformed and fake-quantized."""
-    weight, quantizer = latent(module, name), weight_quantizer(module, name)
+    weight, quantizer, low_rank = latent(module, name), weight_quantizer(module, name), adapter(module, name)
+    if low_rank is not None:
+        weight = low_rank(weight)
     result: Tensor = quantizer(transformed(module, weight) if quantizer.enabled else weight)
-    return result
+    return result if low_rank is None else narrow(result, low_rank.dtype)
 
 
 def _fake_quantized_without_gradient(module: nn.Module, name: str) -> Tensor:
@@ -221,6 +233,7 @@ def _register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) 
     if caller == "torch.nn.utils.prune" and target != name and target in view_names(self):
         transforms: Any = self._modules.get(TRANSFORMS) or ()
         problem = zero_problem(weight_quantizer(self, target).grid, [transform.value for transform in transforms])
+        problem = "a LoRA adapter is added to them; merge_lora(model) first" if adapter(self, target) else problem
         if problem:
             raise ValueError(f"{where(self)}.{target}: pruned weights cannot stay zero, because {problem}")
     base_class(type(self)).register_parameter(self, name, param)  # not super(): FSDP puts a class of its own on top
