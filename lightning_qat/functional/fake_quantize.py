@@ -82,10 +82,20 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-def _units(x: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+def _units(x: Tensor, scale: Tensor) -> Tensor:
     """Return x in units of the scale, NaN replaced by zero and infinities by the largest finite numbers."""
-    u = torch.nan_to_num_(_wide(x) / scale)
-    return u if zero_point is None else u.add_(zero_point)
+    return torch.nan_to_num_(_wide(x) / scale)
+
+
+def _levels_(
+    u: Tensor, zero_point: Tensor | None, *, lo: Tensor | float, hi: Tensor | float, rounding: Rounding
+) -> Tensor:
+    """Replace values in units of the scale by their levels."""
+    u = rounding.round_(u)
+    if zero_point is not None:
+        u = u.add_(zero_point)
+    # clamp takes tensors or numbers, not one of each; bounds are tensors where bit widths change during a run
+    return u.clamp_(number(lo), number(hi))  # type: ignore[arg-type]
 
 
 def quantize(
@@ -105,11 +115,7 @@ def quantize(
 
     Source: ONNX QuantizeLinear (order of operations), arXiv:1712.05877 eq. 1.
     """
-    u = rounding.round_(torch.nan_to_num_(_wide(x) / scale))
-    if zero_point is not None:
-        u = u.add_(zero_point)
-    # clamp takes tensors or numbers, not one of each; bounds are tensors where bit widths change during a run
-    return u.clamp_(number(lo), number(hi))  # type: ignore[arg-type]
+    return _levels_(_units(x, scale), zero_point, lo=lo, hi=hi, rounding=rounding)
 
 
 def dequantize_(q: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
@@ -192,8 +198,10 @@ class Setting:
         return None if total is None else total / torch.sqrt(max(1, x.numel() // max(1, num_sharing)) * self.hi)
 
     def _point(self, x: Tensor) -> Point:
-        u = _units(x, self.scale, self.zero_point)
-        return Point(_wide(x), u, self.levels(x), self.scale, self.lo, self.hi, self.rounding, self.temperature)
+        u = _units(x, self.scale)
+        q = _levels_(u.clone(), self.zero_point, lo=self.lo, hi=self.hi, rounding=self.rounding)
+        u = u if self.zero_point is None else u.add_(self.zero_point)
+        return Point(_wide(x), u, q, self.scale, self.lo, self.hi, self.rounding, self.temperature)
 
     def _parts(self, x: Tensor) -> Iterator[tuple["Setting", Any]]:
         """Split along the first dimension where temporaries of the whole size would be slow: on CPU, in eager mode."""
