@@ -19,8 +19,6 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, TypeAlias, cast, final
 
-__all__ = ["ByFraction", "Change", "Cosine", "Linear", "Precision", "Schedule", "Staircase", "as_schedule"]
-
 Precision: TypeAlias = Hashable
 """Bits 1..8 of the same family, or a grid (any hashable value that is no number and no string)."""
 
