@@ -6,11 +6,12 @@ EXPECTED = {
     "BitAllocation", "FisherError", "LossChange", "OutputDivergence", "OutputError", "allocate_bits",
     "AbsMax", "AbsMean", "Binary", "Calibration", "Center", "Clipped", "ConversionReport", "Distillation",
     "ElementwiseScaling", "Entropy", "ExportCallback", "FakeQuantizer", "FeatureMatch", "Hadamard", "HalfInt",
-    "Int", "LayerSpec", "Learned", "LearnedSoft", "MinimumError", "MovingAverage", "Normalize",
+    "Int", "LayerSpec", "Learned", "LearnedSoft", "LoRA", "MinimumError", "MovingAverage", "Normalize",
     "ParameterGroup", "PerChannel",
     "PerGroup", "PerTensor", "PerToken", "Percentile", "Pi", "PlateauBitWidth", "ProgressiveBitWidth",
     "QATCallback", "QuantizationStatistics", "QuantizedTensor", "QuantizerSpec", "ReasoningMatch", "Recipe", "Rule",
-    "Soft", "StraightThrough", "Ternary", "bake", "calibrate", "codes", "float_weights", "load_checkpoint", "prepare",
+    "Soft", "StraightThrough", "Ternary", "add_lora", "bake", "calibrate", "codes", "float_weights",
+    "load_checkpoint", "merge_lora", "prepare",
     "recipes", "unprepare",
 }  # fmt: skip
 

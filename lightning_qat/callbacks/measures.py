@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 
 from lightning_qat.conversion.regrid import layer_of
-from lightning_qat.conversion.state import quantizers
-from lightning_qat.conversion.view import QUANTIZER_SUFFIX, TRANSFORMS, latent
+from lightning_qat.conversion.state import quantizers, stored, stored_shape
+from lightning_qat.conversion.view import QUANTIZER_SUFFIX, transformed
 from lightning_qat.functional.fake_quantize import dequantize, quantize
 from lightning_qat.functional.scaling import Sample
 from lightning_qat.metrics import (
@@ -197,20 +197,22 @@ class Slot:
 
     def weight(self) -> Tensor:
         """Return the latent weight as its quantizer sees it, after transforms."""
-        weight = latent(self.module, self.kind).detach()
-        transforms: Any = self.module._modules.get(TRANSFORMS) or ()
-        for transform in transforms:
-            weight = transform.weight(weight)
-        return weight
+        return transformed(self.module, stored(self.module, self.kind))
+
+    @property
+    def numel(self) -> int:
+        """Number of elements of a weight."""
+        return math.prod(stored_shape(self.module, self.kind))
 
     def storage(self) -> tuple[float, int]:
         """Return (effective bits per weight, bytes), scales included."""
-        weight, quantizer = latent(self.module, self.kind), self.quantizer
-        num_scales = math.prod(quantizer.spec.granularity.scale_shape(tuple(weight.shape), quantizer.layout))
+        numel, quantizer = self.numel, self.quantizer
+        of_scales = quantizer.spec.granularity.scale_shape(stored_shape(self.module, self.kind), quantizer.layout)
+        num_scales = math.prod(of_scales)
         scale_bits = 32 if quantizer.spec.scale_dtype == "float32" else 16
         options = {"num_scales": num_scales, "scale_bits": scale_bits + (0 if quantizer.grid.symmetric else 8)}
         bits = quantizer.grid.bits_per_weight
-        return effective_bits(weight.numel(), bits, **options), model_size(weight.numel(), bits, **options)
+        return effective_bits(numel, bits, **options), model_size(numel, bits, **options)
 
 
 def slots(model: nn.Module) -> list[Slot]:
@@ -258,12 +260,11 @@ class WatchedWeights:
 
     def __init__(self, slot: Slot, num_watched: int) -> None:
         self.slot = slot
-        weight = latent(slot.module, slot.kind).detach()
-        shape = slot.quantizer.spec.granularity.group(weight, slot.quantizer.layout).shape
-        numel = math.prod(shape)
+        grouped = slot.quantizer.spec.granularity.group(slot.weight(), slot.quantizer.layout).shape
+        numel = math.prod(grouped)
         drawn = sample_indices(numel, num_watched)
         flat = torch.arange(numel) if drawn is None else drawn.long()
-        self.index = torch.unravel_index(flat, shape)
+        self.index = torch.unravel_index(flat, grouped)
 
     @property
     def count(self) -> int:

@@ -7,7 +7,7 @@ from typing import Final, Literal, TypeAlias, final
 
 from torch import nn
 
-from lightning_qat.conversion.view import INPUT_QUANTIZER, QUANTIZER_SUFFIX, latent, view_names
+from lightning_qat.conversion.view import INPUT_QUANTIZER, QUANTIZER_SUFFIX, adapter, latent, view_names
 from lightning_qat.quantization.quantizer import FakeQuantizer
 
 Kind: TypeAlias = Literal["weights", "scales", "temperatures"]
@@ -90,7 +90,7 @@ def followers(model: nn.Module) -> dict[int, list[nn.Parameter]]:
         inputs = module._modules.get(INPUT_QUANTIZER)
         for slot in view_names(module):
             quantizer = module._modules[slot + QUANTIZER_SUFFIX]
-            for parameter in _stored_parameters(module, slot):
+            for parameter in stored_parameters(module, slot):
                 _extend(found, parameter, quantizer)
                 _extend(found, parameter, inputs)
         if inputs is not None and not view_names(module):
@@ -138,7 +138,7 @@ def _own(module: nn.Module, path: list[str]) -> Iterator[tuple[Kind, list[str], 
         for key, parameter in module.named_parameters(recurse=False):
             yield _KINDS[key], path[:-1], key, parameter
     for slot in view_names(module):
-        for parameter in _stored_parameters(module, slot):
+        for parameter in stored_parameters(module, slot):
             yield "weights", path, slot, parameter
 
 
@@ -157,10 +157,12 @@ def _reason(group: ParameterGroup, groups: tuple[ParameterGroup, ...], matched: 
     return f"no layer with {group.kind} matches; there are {', '.join(map(repr, layers[:8]))}"
 
 
-def _stored_parameters(module: nn.Module, slot: str) -> list[nn.Parameter]:
+def stored_parameters(module: nn.Module, slot: str) -> list[nn.Parameter]:
+    """Return the parameters that a quantized weight is made of: one, unless it is parametrized or has adapters."""
     own = latent(module, slot)
     if isinstance(own, nn.Parameter):
-        return [own]
+        low_rank = adapter(module, slot)
+        return [own, *(low_rank.parameters() if low_rank else ())]
     return [p for name, p in module.named_parameters() if slot in name and QUANTIZER_SUFFIX not in name]
 
 

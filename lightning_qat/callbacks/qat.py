@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from lightning_qat.callbacks.attachment import ModuleHooks, attach, averaged_models, callbacks_of, detach
 from lightning_qat.callbacks.differences import differences
+from lightning_qat.callbacks.lora import merge_adapters
 from lightning_qat.callbacks.optimizer_checks import (
     align_rates,
     check_averaging,
@@ -126,6 +127,7 @@ class QATCallback(pl.Callback, ModuleHooks):
     def loading_checkpoint(self, pl_module: "pl.LightningModule", checkpoint: dict[str, Any]) -> None:
         _check_resumable(pl_module, checkpoint)
         _restore_grids(pl_module, checkpoint)
+        merge_adapters(pl_module, checkpoint)
         stored, state = checkpoint.get(CHECKPOINT_KEY), prepared_state(pl_module)
         if stored is None or state is None:
             return
@@ -233,7 +235,7 @@ def _following_weights(model: nn.Module) -> Iterator[None]:
 def _fingerprint(module: nn.Module) -> list[tuple[float, float]]:
     """Return what changes with the latent weights of a layer, also where ``.data`` is written; nothing for shards."""
     weights = [latent(module, name).detach() for name in view_names(module)]
-    here = [weight for weight in weights if not weight.is_meta and not is_sharded(weight)]
+    here = [w for w in weights if not (w.is_meta or is_sharded(w)) and w.is_floating_point()]
     return [(float(w.sum(dtype=torch.float64)), float(vector_norm(w, dtype=torch.float64))) for w in here]
 
 

@@ -249,7 +249,7 @@ def _write_histograms(trainer: "pl.Trainer", slot: Slot, measured: Measured, ste
 def _total(pl_module: nn.Module, present: list[Slot], rows: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
     weights = [slot for slot in present if not slot.is_input]
     inputs = [slot for slot in present if slot.is_input and slot.name in rows]
-    sizes = [latent(slot.module, slot.kind).numel() for slot in weights]
+    sizes = [slot.numel for slot in weights]
     found = {}
     if weights:
         found["total/weight"] = totals((n, rows[s.name]) for n, s in zip(sizes, weights, strict=True))

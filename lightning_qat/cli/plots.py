@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_qat.cli.results import TITLES, Measurement, format_metric, metric_title, shown_metrics
 from lightning_qat.conversion import codes
-from lightning_qat.conversion.view import TRANSFORMS, latent
+from lightning_qat.conversion.state import stored
+from lightning_qat.conversion.view import transformed
 
 COLORS: Final = {"float": "#7f8794", "post_training": "#e08e45", "qat": "#2f6db5"}
 INK: Final = "#2b2f36"
@@ -45,9 +46,7 @@ def weight_view(model: nn.Module, name: str) -> WeightView:
     tensor = codes(model)[name]
     owner, _, slot = name.rpartition(".")
     module = model.get_submodule(owner)
-    weight: Tensor = latent(module, slot).detach()
-    for transform in module._modules.get(TRANSFORMS) or ():  # type: ignore[union-attr]
-        weight = transform.weight(weight)
+    weight = transformed(module, stored(module, slot))
     grouped = tensor.granularity.group(weight.float(), tensor.layout)
     levels = tensor.granularity.group(tensor.codes, tensor.layout).float() + tensor.offset
     levels = levels if tensor.zero_point is None else levels - tensor.zero_point

@@ -6,6 +6,7 @@ from lightning_qat.conversion.bake import bake, codes
 from lightning_qat.conversion.calibrate import calibrate
 from lightning_qat.conversion.checkpoint import load_checkpoint
 from lightning_qat.conversion.fold import fold_batchnorm, reestimate_batchnorm
+from lightning_qat.conversion.lora import add_lora, merge_lora
 from lightning_qat.conversion.prepare import float_weights, prepare, unprepare
 from lightning_qat.conversion.report import ConversionReport, ReportRow
 from lightning_qat.conversion.rotations import fold_rotations, online_rotations, rotate_between
@@ -26,6 +27,7 @@ __all__ = [
     "OutputError",
     "ReportRow",
     "Sensitivity",
+    "add_lora",
     "allocate_bits",
     "bake",
     "calibrate",
@@ -34,6 +36,7 @@ __all__ = [
     "fold_batchnorm",
     "fold_rotations",
     "load_checkpoint",
+    "merge_lora",
     "online_rotations",
     "prepare",
     "reestimate_batchnorm",

@@ -1,5 +1,7 @@
 """report_of(): where every parameter of a prepared model went."""
 
+import math
+
 import torch
 from torch import nn
 
@@ -9,7 +11,7 @@ from lightning_qat.conversion.report import FLOAT, ONE_DIMENSIONAL, QUANTIZED, U
 from lightning_qat.conversion.rules import rule_problems
 from lightning_qat.conversion.slots import covered_parameters, obstacle
 from lightning_qat.conversion.state import layers, prepared_state
-from lightning_qat.conversion.view import INPUT_QUANTIZER, weight_quantizer
+from lightning_qat.conversion.view import INPUT_QUANTIZER, adapter, weight_quantizer
 from lightning_qat.quantization.recipe import Rule
 
 
@@ -40,7 +42,8 @@ def report_of(model: nn.Module) -> ConversionReport:
 
 def _weight_row(decision: Decision, covered: list[nn.Parameter]) -> ReportRow:
     owner = next((each for each in decision.owners if each.quantized), decision.owners[0])
-    kind, numel = type(decision.owners[0].module).__name__, sum(parameter.numel() for parameter in covered)
+    kind, low_rank = type(decision.owners[0].module).__name__, adapter(owner.module, owner.slot)
+    numel = sum(parameter.numel() for parameter in covered) if low_rank is None else math.prod(low_rank.shape)
     rule = owner.rule.match if owner.rule else ""
     name = decision.names[0]
     if owner.quantized:

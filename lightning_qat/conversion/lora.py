@@ -1,8 +1,9 @@
 """LoRA-QAT: low-rank adapters that are merged into frozen weights before these are quantized."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Final
+from typing import Any, Final, final
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,39 @@ from lightning_qat.quantization.low_rank import LowRank, check_low_rank
 
 Globs = str | Iterable[str]
 _A: Final = f"{ADAPTER_SUFFIX}.a"
+
+
+@final
+@dataclass(frozen=True)
+class Settings:
+    """What all adapters of a model have in common; the fields are arguments of :func:`add_lora`.
+
+    Raises:
+        ValueError: a value that is not allowed.
+    """
+
+    rank: int
+    alpha: float
+    dropout: float
+    base: str
+
+    def __post_init__(self) -> None:
+        check_low_rank(self.rank, self.alpha, self.dropout, self.base, "add_lora")
+
+    def __str__(self) -> str:
+        return f"rank={self.rank}, alpha={self.alpha:g}, dropout={self.dropout:g}, base={self.base!r}"
+
+    def build(self, weight: Tensor, name: str) -> LowRank:
+        """Return an adapter for a weight."""
+        return LowRank(
+            tuple(weight.shape), self.rank, self.alpha, self.dropout, base=self.base, dtype=weight.dtype, name=name
+        )
+
+    def check(self, low_rank: LowRank, name: str) -> None:
+        """Raise if an adapter is of other settings."""
+        present = Settings(low_rank.rank, low_rank.alpha, low_rank.dropout, low_rank.base)
+        if present != self:
+            raise ValueError(f"{name}: it has an adapter with {present}, given is {self}; merge_lora(model) first")
 
 
 def add_lora(
@@ -55,8 +89,13 @@ def add_lora(
 
     Source: the adapter: LoRA, arXiv:2106.09685; quantizing the merged weight: ruvLLM's LoRA-QAT, W_q = Q(W + BA).
     """
-    check_low_rank(rank, alpha, dropout, base, "add_lora")
-    owners = _owners(model, match)
+    settings = Settings(rank, float(alpha), float(dropout), base)
+    return adapt(model, settings, match=match, trainable=trainable, complete=True)
+
+
+def adapt(model: nn.Module, settings: "Settings", *, match: Globs, trainable: Globs, complete: bool) -> tuple[str, ...]:
+    """Do what :func:`add_lora` does; patterns may still wait for layers unless the model is complete."""
+    owners = _owners(model, match, complete)
     shared = {id(latent(m, slot)): adapter(m, slot) for _, m, slot in owners if adapter(m, slot) is not None}
     made: list[tuple[nn.Module, str, LowRank]] = []
     for name, module, slot in owners:
@@ -64,28 +103,28 @@ def add_lora(
         weight = latent(module, slot)
         low_rank = shared.get(id(weight))
         if low_rank is None:
-            low_rank = LowRank(tuple(weight.shape), rank, alpha, dropout, base=base, dtype=weight.dtype, name=name)
+            low_rank = settings.build(weight, name)
             shared[id(weight)] = low_rank
-        _check_equal(low_rank, (rank, float(alpha), float(dropout), base), name)
+        settings.check(low_rank, name)
         made.append((module, slot, low_rank))
     for module, slot, low_rank in made:
         attach_adapter(module, slot, low_rank)
-    freeze(model, trainable)
+    freeze(model, trainable, complete)
     return tuple(name for name, _, _ in owners)
 
 
-def _owners(model: nn.Module, match: Globs) -> list[tuple[str, nn.Module, str]]:
+def _owners(model: nn.Module, match: Globs, complete: bool) -> list[tuple[str, nn.Module, str]]:
     """Return the matching quantized weights: dotted name, layer, parameter name."""
     globs = _listed(match)
     present = [(layer, m, slot) for layer, m in layers(model).items() for slot in view_names(m)]
-    if not present:
+    if not present and complete:
         raise ValueError(
             f"add_lora: {type(model).__name__} has no quantized weight; call prepare(model, recipe) before, or list "
             "QATCallback(recipe) before LoRA(...)"
         )
     chosen = [(joined(layer, slot), m, slot) for layer, m, slot in present if _matches(layer, globs)]
     idle = [glob for glob in globs if not any(fnmatchcase(layer, glob) for layer, _, _ in present)]
-    if idle or not chosen:
+    if complete and (idle or not chosen):
         names = ", ".join(dict.fromkeys(layer or "(the model itself)" for layer, _, _ in present[:5]))
         raise ValueError(f"add_lora: match={idle or globs} matches no quantized layer; there are {names}, ...")
     tied = {id(latent(m, slot)) for _, m, slot in chosen}
@@ -111,16 +150,6 @@ def _check(module: nn.Module, slot: str, name: str) -> None:
         raise ValueError(f"{name}: adapters of sharded weights (FSDP) are not supported; use one device or DDP")
 
 
-def _check_equal(low_rank: LowRank, given: tuple[int, float, float, str], name: str) -> None:
-    present = (low_rank.rank, low_rank.alpha, low_rank.dropout, low_rank.base)
-    if present != given:
-        labels = "rank={}, alpha={:g}, dropout={:g}, base={!r}"
-        raise ValueError(
-            f"{name}: it has an adapter with {labels.format(*present)}, given is {labels.format(*given)}; "
-            "merge_lora(model) first"
-        )
-
-
 @torch.no_grad()
 def attach_adapter(module: nn.Module, slot: str, low_rank: LowRank) -> None:
     """Register an adapter with a prepared layer that has none; store the weight as the adapter says."""
@@ -141,7 +170,7 @@ def attach_adapter(module: nn.Module, slot: str, low_rank: LowRank) -> None:
             quantizer.stale = quantizer.stored and not parameter.is_meta
 
 
-def freeze(model: nn.Module, trainable: Globs = ()) -> None:
+def freeze(model: nn.Module, trainable: Globs = (), complete: bool = True) -> None:
     """Freeze all parameters but adapters, what quantizers learn, and those whose dotted names match.
 
     Raises:
@@ -150,7 +179,7 @@ def freeze(model: nn.Module, trainable: Globs = ()) -> None:
     globs = _listed(trainable)
     names = [name for name, _ in model.named_parameters()]
     idle = [glob for glob in globs if not any(fnmatchcase(name, glob) for name in names)]
-    if idle:
+    if idle and complete:
         raise ValueError(f"add_lora: trainable={idle} matches no parameter; there are {', '.join(names[:5])}, ...")
     keep = {id(p) for quantizer in quantizers(model).values() for p in quantizer.parameters()}
     for _, module, slot in adapters(model):
@@ -233,6 +262,15 @@ def _convert_base(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_
         state_dict[prefix + slot] = weight
 
 
+def adapter_keys(keys: Iterable[str]) -> list[str]:
+    """Return the keys of a ``state_dict`` that hold the matrix A of an adapter.
+
+    >>> adapter_keys(["head.weight", "head.weight_quantizer_lora.a", "head.weight_quantizer_lora.b"])
+    ['head.weight_quantizer_lora.a']
+    """
+    return [key for key in keys if key.endswith(_A)]
+
+
 def merged_state(state: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     """Return a checkpoint's state with adapters that the model lacks merged into the weights, in float32.
 
@@ -241,7 +279,7 @@ def merged_state(state: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, 
         own: ``state_dict`` of the model that will load it.
     """
     merged = dict(state)
-    for key in [key for key in state if key.endswith(_A) and key not in own]:
+    for key in (key for key in adapter_keys(state) if key not in own):
         name = key.removesuffix(_A)
         prefix = name + ADAPTER_SUFFIX
         weight, a, b = state[name], state[key], state[f"{prefix}.b"]

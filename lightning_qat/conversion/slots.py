@@ -24,7 +24,7 @@ QUANTIZER_NAMES: Final = frozenset(
     [INPUT_QUANTIZER, *(name + QUANTIZER_SUFFIX for name in ("weight", *_PACKED, *_SEPARATE, *_CELL))]
     + [name + ADAPTER_SUFFIX for name in ("weight", *_PACKED, *_SEPARATE, *_CELL)]
 )
-"""Names of the children that prepare() and add_lora() register; a module of the user's may well be called ``vector_quantizer``."""
+"""Names of the children that prepare() and add_lora() register; a user's module may be called ``vector_quantizer``."""
 
 
 @final

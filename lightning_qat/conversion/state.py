@@ -5,16 +5,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, final
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_qat.conversion.view import (
     _READS_LATENT,
     TRANSFORMS,
+    adapter,
     find_scale,
     is_view,
+    latent,
     settled,
     view_names,
     weight_quantizer,
+    with_adapter,
 )
 from lightning_qat.quantization.low_rank import LowRank
 from lightning_qat.quantization.quantizer import FakeQuantizer
@@ -73,6 +76,17 @@ def _walk(module: nn.Module, name: str, seen: set[int]) -> Iterator[tuple[str, n
 def quantizers(model: nn.Module) -> dict[str, FakeQuantizer]:
     """Return the quantizers of a model by dotted name; a shared one appears once."""
     return {name: m for name, m in model.named_modules() if isinstance(m, FakeQuantizer)}
+
+
+def stored(module: nn.Module, name: str) -> Tensor:
+    """Return the latent weight of a layer as it lies there, without gradient; LoRA adapters are merged."""
+    return with_adapter(module, name, latent(module, name).detach())
+
+
+def stored_shape(module: nn.Module, name: str) -> tuple[int, ...]:
+    """Return the shape of a weight, also where its base is packed."""
+    low_rank = adapter(module, name)
+    return tuple(latent(module, name).shape) if low_rank is None else low_rank.shape
 
 
 def refresh_scales(model: nn.Module) -> None:

@@ -99,8 +99,13 @@ def settled(module: nn.Module, name: str) -> Tensor:
     if found is None:
         with _evaluating(module._modules.get("parametrizations")):
             found = latent(module, name)
+    return with_adapter(module, name, found.detach())
+
+
+def with_adapter(module: nn.Module, name: str, weight: Tensor) -> Tensor:
+    """Return the float weight that a stored one stands for, without gradient."""
     low_rank = adapter(module, name)
-    return found.detach() if low_rank is None else low_rank.merged(found.detach())
+    return weight if low_rank is None else low_rank.merged(weight)
 
 
 @contextmanager
