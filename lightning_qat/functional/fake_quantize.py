@@ -10,10 +10,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from lightning_qat.functional.gradients import number, within
 
-SCALE_FLOOR = 2.0**-100
-"""Smallest scale ever used in float32; far below any useful value, far above the subnormals."""
-
-_CHUNK: Final = 1 << 17  # elements that backward handles at a time on CPU: its temporaries then stay in the cache
+_CHUNK: Final = 1 << 18  # elements that backward handles at a time on CPU: its temporaries stay in the cache
 
 
 class Rounding(Protocol):
@@ -40,6 +37,10 @@ class GradientRule(Protocol):
     @property
     def needs_input(self) -> bool:
         """Whether backward reads the input; if not, nothing is kept for it."""
+
+    @property
+    def only_clips(self) -> bool:
+        """Whether the gradient passes the inside of the clip range as it is."""
 
     def input_gradient(self, grad: Tensor, point: "Point") -> Tensor:
         """Return the gradient with respect to the latent value."""
@@ -73,18 +74,18 @@ class Point:
         """Return where u lies within the clip range lo..hi."""
         return (self.u >= self.lo) & (self.u <= self.hi)
 
-    def clip(self, values: Tensor) -> Tensor:
+    def clip(self, values: Tensor, *, out: Tensor | None = None) -> Tensor:
         """Return values where u lies within the clip range, else 0, without a mask where masks are slow."""
-        return within(values, self.u, self.lo, self.hi)
+        return within(values, self.u, self.lo, self.hi, out=out)
 
 
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-def _units(x: Tensor, scale: Tensor) -> Tensor:
+def _units(x: Tensor, scale: Tensor, *, out: Tensor | None = None) -> Tensor:
     """Return x in units of the scale, NaN replaced by zero and infinities by the largest finite numbers."""
-    return torch.nan_to_num_(_wide(x) / scale)
+    return torch.nan_to_num_(torch.div(_wide(x), scale, out=out))
 
 
 def _levels_(
@@ -180,28 +181,40 @@ class Setting:
         out = torch.empty_like(x) if needs[0] else None
         sums = torch.zeros_like(self.scale) if needs[1] and self.learned else None
         total = torch.zeros_like(self.temperature) if needs[2] and self.temperature is not None else None
+        scratch = _Scratch()
         for part, rows in self._parts(x):
-            wide, point = _wide(grad[rows]), part._point(x[rows])
+            scratch.begin(shared=rows is not ...)
+            wide, point = _wide(grad[rows]), part._point(x[rows], scratch)
             if out is not None:
-                inner = self.rule.input_gradient(wide, point)
-                out[rows] = point.clip(inner) if self.learned else inner
-            if sums is not None:
-                summands = lsq_summands(wide, point, part.zero_point)
-                (sums[rows] if part.scale.shape != sums.shape else sums).add_(summands.sum_to_size(part.scale.shape))
+                self._input_gradient(wide, point, out[rows])
             if total is not None:
                 total.add_((self.rule.temperature_gradient(wide, point) * part.scale).sum())
+            if sums is not None:
+                room = scratch.take(point.u, point.u.dtype)
+                summands = lsq_summands(wide, point, part.zero_point, out=point.q, room=room)
+                (sums[rows] if part.scale.shape != sums.shape else sums).add_(summands.sum_to_size(part.scale.shape))
         return out, self._divided(sums, x, self.scale.numel()), self._divided(total, x, 1)
+
+    def _input_gradient(self, grad: Tensor, point: Point, out: Tensor) -> None:
+        if self.learned and self.rule.only_clips and grad.dtype == point.u.dtype == out.dtype:
+            point.clip(grad, out=out)
+            return
+        inner = self.rule.input_gradient(grad, point)
+        out.copy_(point.clip(inner) if self.learned else inner)
 
     def _divided(self, total: Tensor | None, x: Tensor, num_sharing: int) -> Tensor | None:
         r"""Return a sum of gradients divided by :math:`\sqrt{N hi}`; N elements share a parameter."""
         # an empty batch has a gradient of zero, not 0 / 0
         return None if total is None else total / torch.sqrt(max(1, x.numel() // max(1, num_sharing)) * self.hi)
 
-    def _point(self, x: Tensor) -> Point:
-        u = _units(x, self.scale)
-        q = _levels_(u.clone(), self.zero_point, lo=self.lo, hi=self.hi, rounding=self.rounding)
+    def _point(self, x: Tensor, scratch: "_Scratch") -> Point:
+        wide = _wide(x)
+        u = _units(wide, self.scale, out=scratch.take(wide, torch.result_type(wide, self.scale)))
+        copied = scratch.take(u, u.dtype)
+        q = u.clone() if copied is None else copied.copy_(u)
+        q = _levels_(q, self.zero_point, lo=self.lo, hi=self.hi, rounding=self.rounding)
         u = u if self.zero_point is None else u.add_(self.zero_point)
-        return Point(_wide(x), u, q, self.scale, self.lo, self.hi, self.rounding, self.temperature)
+        return Point(wide, u, q, self.scale, self.lo, self.hi, self.rounding, self.temperature)
 
     def _parts(self, x: Tensor) -> Iterator[tuple["Setting", Any]]:
         """Split along the first dimension where temporaries of the whole size would be slow: on CPU, in eager mode."""
@@ -214,6 +227,27 @@ class Setting:
             rows = slice(start, start + num_rows)
             zero_point = self.zero_point[rows] if split and self.zero_point is not None else self.zero_point
             yield (replace(self, scale=self.scale[rows], zero_point=zero_point) if split else self), rows
+
+
+class _Scratch:
+    """Memory that the pieces of a tensor share, one after the other: fresh pages cost more than the arithmetic."""
+
+    def __init__(self) -> None:
+        self._buffers: list[Tensor] = []
+        self._taken: int | None = None
+
+    def begin(self, *, shared: bool) -> None:
+        """Start a piece, the first the largest; where there is but one, nothing is shared."""
+        self._taken = 0 if shared else None
+
+    def take(self, like: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """Return the next buffer of a piece in the shape of a tensor, or None for a fresh tensor."""
+        if self._taken is None:
+            return None
+        if self._taken == len(self._buffers):
+            self._buffers.append(torch.empty(like.numel(), dtype=dtype))
+        self._taken += 1
+        return self._buffers[self._taken - 1][: like.numel()].view(like.shape)
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -248,11 +282,13 @@ class _FakeQuantize(torch.autograd.Function):
         return (grad_x, grad_scale, None, grad_temperature, *(None,) * 5)
 
 
-def lsq_summands(grad: Tensor, point: Point, zero_point: Tensor | None) -> Tensor:
-    """Return the summands of :func:`lsq_scale_gradient`, as a fresh tensor of the input's shape."""
+def lsq_summands(
+    grad: Tensor, point: Point, zero_point: Tensor | None, *, out: Tensor | None = None, room: Tensor | None = None
+) -> Tensor:  # fmt: skip
+    """Return the summands of :func:`lsq_scale_gradient`, in ``out`` or a fresh tensor; ``room`` is overwritten."""
     if zero_point is None:
-        return torch.sub(point.q, point.clip(point.u)).mul_(grad)
-    return torch.sub(point.q - zero_point, point.clip(point.u - zero_point)).mul_(grad)
+        return torch.sub(point.q, point.clip(point.u, out=room), out=out).mul_(grad)
+    return torch.sub(point.q - zero_point, point.clip(point.u - zero_point, out=room), out=out).mul_(grad)
 
 
 def lsq_scale_gradient(grad: Tensor, point: Point, zero_point: Tensor | None) -> Tensor:
@@ -285,60 +321,3 @@ def fake_quantize(
         temperature: parameter of a rule that learns one, shape [1].
     """
     return _FakeQuantize.apply(x, scale, zero_point, temperature, lo, hi, rounding, rule, learned)  # type: ignore[no-any-return, no-untyped-call]
-
-
-class _Corrected(torch.autograd.Function):
-    """A corrected magnitude in the forward, the gradient of the plain magnitude: it stays alive at the bounds."""
-
-    @staticmethod
-    def forward(value: Tensor, corrected: Tensor) -> Tensor:
-        return corrected.clone()
-
-    @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[0])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
-        (value,) = ctx.saved_tensors
-        return torch.where(value < 0, -grad, grad), None
-
-
-def finish_scale(scale: Tensor, dtype: torch.dtype = torch.float32, *, largest: float = 2.0**118) -> Tensor:
-    """Make a scale positive and finite, and round it to the dtype it will be stored in; returned in float32 or wider.
-
-    Args:
-        scale: non-negative, possibly zero, NaN (becomes the floor) or infinite (becomes ``largest``).
-        dtype: storage dtype of the scale; the result is representable in it.
-        largest: upper bound, so that the largest level times the scale stays finite.
-
-    >>> finish_scale(torch.tensor([0.0, float("inf"), 0.1]), torch.float16)
-    tensor([6.1035e-05, 6.5504e+04, 9.9976e-02])
-    """
-    info = torch.finfo(dtype)
-    floor = max(SCALE_FLOOR, info.smallest_normal)
-    scale = torch.nan_to_num(scale, nan=floor).clamp(floor, min(largest, info.max))
-    return scale if dtype in (torch.float32, torch.float64) else scale.to(dtype).float()
-
-
-def positive_scale(scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    r"""Return :math:`max(|s|, floor)` of a learned scale, rounded to ``dtype``, with a gradient that never dies.
-
-    The absolute value reflects a scale that a large step would carry past zero.
-
-    >>> positive_scale(torch.tensor([-0.5, 0.25]))
-    tensor([0.5000, 0.2500])
-    """
-    corrected = finish_scale(scale.detach().abs(), dtype)
-    return _Corrected.apply(scale, corrected)  # type: ignore[no-any-return, no-untyped-call]
-
-
-def bounded_temperature(temperature: Tensor, least: float, largest: float) -> Tensor:
-    r"""Return :math:`|t|` of a learned temperature, clamped, with a gradient that lives on outside the bounds.
-
-    >>> bounded_temperature(torch.tensor([-0.5, 0.0]), 0.03, 1000.0)
-    tensor([0.5000, 0.0300])
-    """
-    corrected = torch.nan_to_num(temperature.detach().abs(), nan=least).clamp(least, largest)
-    return _Corrected.apply(temperature, corrected)  # type: ignore[no-any-return, no-untyped-call]

@@ -24,14 +24,17 @@ def _just_outside(lo: float, hi: float, dtype: torch.dtype) -> tuple[float, floa
     return below, above
 
 
-def within(values: Tensor, u: Tensor, lo: Tensor | float, hi: Tensor | float) -> Tensor:
-    r"""Return values where :math:`lo \le u \le hi`, else 0, as a fresh tensor.
+def within(
+    values: Tensor, u: Tensor, lo: Tensor | float, hi: Tensor | float, *, out: Tensor | None = None
+) -> Tensor:  # fmt: skip
+    r"""Return values where :math:`lo \le u \le hi`, else 0, as a fresh tensor unless one is given.
 
     Args:
         values: any shape and floating dtype.
         u: the same shape and dtype.
         lo: smallest u to keep, number or 0-dim tensor.
         hi: largest u to keep.
+        out: where the result goes, instead of into a fresh tensor; the same shape and dtype.
 
     >>> within(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([-1.5, -1.0, 0.5]), -1.0, 1.0)
     tensor([0., 2., 3.])
@@ -39,9 +42,15 @@ def within(values: Tensor, u: Tensor, lo: Tensor | float, hi: Tensor | float) ->
     lo, hi = number(lo), number(hi)
     eager_on_cpu = values.device.type == "cpu" and not torch.compiler.is_compiling()
     if isinstance(lo, Tensor) or isinstance(hi, Tensor) or not eager_on_cpu:
-        return torch.where((u >= lo) & (u <= hi), values, 0.0)
+        masked = torch.where((u >= lo) & (u <= hi), values, 0.0)
+        return masked if out is None else out.copy_(masked)
     # One vectorized pass without masks; its bounds are exclusive. torch.where takes thirty times as long.
-    gated: Tensor = torch.ops.aten.hardtanh_backward(values, u, *_just_outside(lo, hi, u.dtype))
+    bounds = _just_outside(lo, hi, u.dtype)
+    gated: Tensor = (
+        torch.ops.aten.hardtanh_backward(values, u, *bounds)
+        if out is None
+        else torch.ops.aten.hardtanh_backward.grad_input(values, u, *bounds, grad_input=out)
+    )
     return gated
 
 

@@ -8,7 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lightning_qat.functional.fake_quantize import Rounding, dequantize, finish_scale, quantize
+from lightning_qat.functional.bounded import finish_scale
+from lightning_qat.functional.fake_quantize import Rounding, dequantize, quantize
 
 _CHUNK = 1 << 18  # elements searched at a time by each thread: the temporaries then stay in the cache
 _ACCELERATOR_CHUNK = 1 << 26

@@ -26,6 +26,11 @@ class Gradient(ABC):
     needs_input: ClassVar[bool] = True
     learned_temperature: ClassVar[bool] = False
 
+    @property
+    def only_clips(self) -> bool:
+        """Whether the gradient passes the inside of the clip range as it is."""
+        return False
+
     @abstractmethod
     def input_gradient(self, grad: Tensor, point: Point) -> Tensor:
         """Return the gradient with respect to the latent value."""
@@ -46,6 +51,11 @@ class StraightThrough(Gradient):
     """g everywhere. Source: arXiv:1308.3432."""
 
     needs_input: ClassVar[bool] = False
+
+    @property
+    @override
+    def only_clips(self) -> bool:
+        return True
 
     @override
     def input_gradient(self, grad: Tensor, point: Point) -> Tensor:
@@ -73,6 +83,11 @@ class Clipped(Gradient):
     def __post_init__(self) -> None:
         if self.threshold is not None:
             check_positive("Clipped: threshold", self.threshold)
+
+    @property
+    @override
+    def only_clips(self) -> bool:
+        return self.threshold is None
 
     @override
     def input_gradient(self, grad: Tensor, point: Point) -> Tensor:

@@ -7,14 +7,8 @@ from typing import Any, Self, final
 import torch
 from torch import Tensor, nn
 
-from lightning_qat.functional.fake_quantize import (
-    Setting,
-    bounded_temperature,
-    fake_quantize,
-    finish_scale,
-    positive_scale,
-    quantize,
-)
+from lightning_qat.functional.bounded import bounded_temperature, finish_scale, positive_scale
+from lightning_qat.functional.fake_quantize import Setting, fake_quantize, quantize
 from lightning_qat.functional.scaling import Sample
 from lightning_qat.quantization.gradient import TEMPERATURE_RANGE, LearnedSoft
 from lightning_qat.quantization.granularity import Layout

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_qat.functional.fake_quantize import finish_scale
+from lightning_qat.functional.bounded import finish_scale
 from lightning_qat.functional.scaling import (
     Sample,
     absolute_percentile,

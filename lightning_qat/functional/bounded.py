@@ -1,0 +1,67 @@
+"""Scales and temperatures within their bounds, with gradients that live on outside."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+SCALE_FLOOR = 2.0**-100
+"""Smallest scale ever used in float32; far below any useful value, far above the subnormals."""
+
+
+class _Corrected(torch.autograd.Function):
+    """A corrected magnitude in the forward, the gradient of the plain magnitude: it stays alive at the bounds."""
+
+    @staticmethod
+    def forward(value: Tensor, corrected: Tensor) -> Tensor:
+        return corrected.clone()
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
+        (value,) = ctx.saved_tensors
+        return torch.where(value < 0, -grad, grad), None
+
+
+def finish_scale(scale: Tensor, dtype: torch.dtype = torch.float32, *, largest: float = 2.0**118) -> Tensor:
+    """Make a scale positive and finite, and round it to the dtype it will be stored in; returned in float32 or wider.
+
+    Args:
+        scale: non-negative, possibly zero, NaN (becomes the floor) or infinite (becomes ``largest``).
+        dtype: storage dtype of the scale; the result is representable in it.
+        largest: upper bound, so that the largest level times the scale stays finite.
+
+    >>> finish_scale(torch.tensor([0.0, float("inf"), 0.1]), torch.float16)
+    tensor([6.1035e-05, 6.5504e+04, 9.9976e-02])
+    """
+    info = torch.finfo(dtype)
+    floor = max(SCALE_FLOOR, info.smallest_normal)
+    scale = torch.nan_to_num(scale, nan=floor).clamp(floor, min(largest, info.max))
+    return scale if dtype in (torch.float32, torch.float64) else scale.to(dtype).float()
+
+
+def positive_scale(scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    r"""Return :math:`max(|s|, floor)` of a learned scale, rounded to ``dtype``, with a gradient that never dies.
+
+    The absolute value reflects a scale that a large step would carry past zero.
+
+    >>> positive_scale(torch.tensor([-0.5, 0.25]))
+    tensor([0.5000, 0.2500])
+    """
+    corrected = finish_scale(scale.detach().abs(), dtype)
+    return _Corrected.apply(scale, corrected)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def bounded_temperature(temperature: Tensor, least: float, largest: float) -> Tensor:
+    r"""Return :math:`|t|` of a learned temperature, clamped, with a gradient that lives on outside the bounds.
+
+    >>> bounded_temperature(torch.tensor([-0.5, 0.0]), 0.03, 1000.0)
+    tensor([0.5000, 0.0300])
+    """
+    corrected = torch.nan_to_num(temperature.detach().abs(), nan=least).clamp(least, largest)
+    return _Corrected.apply(temperature, corrected)  # type: ignore[no-any-return, no-untyped-call]
