@@ -194,19 +194,25 @@ def _objective(costs: Sequence[Sequence[float]]) -> list[list[float]]:
 def _solve(objective: list[list[float]], used: list[list[float]], budget: float) -> tuple[int, ...]:
     from scipy.optimize import Bounds, LinearConstraint, milp
 
-    owner = np.repeat(np.arange(len(objective)), [len(row) for row in objective])
-    one_each = (owner[None, :] == np.arange(len(objective))[:, None]).astype(float)
-    flat_cost, flat_used = np.concatenate(objective), np.concatenate(used)
-    constraints = [LinearConstraint(one_each, 1, 1), LinearConstraint(flat_used[None, :], -np.inf, budget)]
+    num_layers = len(objective)
+    owner = np.repeat(np.arange(num_layers), [len(row) for row in objective])
+    costs, flat_used = np.concatenate(objective), np.concatenate(used)
+    least = np.array([min(row) for row in used])
+    # In shares of what is left when every layer has the least: sizes of layers may differ by a factor of millions, and
+    # the solver's tolerances are absolute. What alone takes more than all of it is out.
+    spare, extra = budget - float(least.sum()), flat_used - least[owner]
+    shares = np.where((extra > 0) & (extra <= spare), extra / max(spare, 1e-300), 0.0)
+    one_each = (owner[None, :] == np.arange(num_layers)[:, None]).astype(float)
+    constraints = [LinearConstraint(one_each, 1, 1), LinearConstraint(shares[None, :], -np.inf, 1.0)]
     while True:
         found = milp(
-            flat_cost, integrality=np.ones_like(flat_cost), bounds=Bounds(0, 1), constraints=constraints,
-            options={"mip_rel_gap": 0.0},
+            costs, integrality=np.ones_like(costs), bounds=Bounds(0, (extra <= spare).astype(float)),
+            constraints=constraints, options={"mip_rel_gap": 0.0},
         )  # fmt: skip
         if found.x is None:
             raise RuntimeError(f"cheapest: HiGHS found no allocation ({found.message}); please report this")
         x = np.round(found.x)
         if float(flat_used @ x) <= budget:
-            return tuple(int(np.argmax(x[owner == layer])) for layer in range(len(objective)))
+            return tuple(int(np.argmax(x[owner == layer])) for layer in range(num_layers))
         # Within the solver's tolerance, but not within ours: this one choice is out, all others remain.
-        constraints.append(LinearConstraint(x[None, :], -np.inf, len(objective) - 1))
+        constraints.append(LinearConstraint(x[None, :], -np.inf, num_layers - 1))
