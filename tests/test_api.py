@@ -3,15 +3,14 @@
 import lightning_qat
 
 EXPECTED = {
-    "BitAllocation", "FisherError", "LossChange", "OutputDivergence", "OutputError", "allocate_bits",
-    "AbsMax", "AbsMean", "Binary", "Calibration", "Center", "Clipped", "ConversionReport", "Distillation",
-    "ElementwiseScaling", "Entropy", "ExportCallback", "FakeQuantizer", "FeatureMatch", "Hadamard", "HalfInt",
-    "Int", "LayerSpec", "Learned", "LearnedSoft", "LoRA", "MinimumError", "MovingAverage", "Normalize",
-    "ParameterGroup", "PerChannel",
-    "PerGroup", "PerTensor", "PerToken", "Percentile", "Pi", "PlateauBitWidth", "ProgressiveBitWidth",
-    "QATCallback", "QuantizationStatistics", "QuantizedTensor", "QuantizerSpec", "ReasoningMatch", "Recipe", "Rule",
-    "Soft", "StraightThrough", "Ternary", "add_lora", "bake", "calibrate", "codes", "float_weights",
-    "load_checkpoint", "merge_lora", "prepare",
+    "AbsMax", "AbsMean", "Binary", "BitAllocation", "Calibration", "Center", "Clipped", "ConversionReport",
+    "Distillation", "ElementwiseScaling", "Entropy", "ExportCallback", "FakeQuantizer", "FeatureMatch",
+    "FisherError", "Hadamard", "HalfInt", "Int", "LayerSpec", "Learned", "LearnedSoft", "LoRA", "LossChange",
+    "MinimumError", "MovingAverage", "Normalize", "OutputDivergence", "OutputError", "ParameterGroup",
+    "Penalty", "PerChannel", "PerGroup", "PerTensor", "PerToken", "Percentile", "Pi", "PlateauBitWidth",
+    "ProgressiveBitWidth", "QATCallback", "QuantizationStatistics", "QuantizedTensor", "QuantizerSpec",
+    "ReasoningMatch", "Recipe", "Regularization", "Rule", "Soft", "StraightThrough", "Ternary", "add_lora",
+    "allocate_bits", "bake", "calibrate", "codes", "float_weights", "load_checkpoint", "merge_lora", "prepare",
     "recipes", "unprepare",
 }  # fmt: skip
 

@@ -9,10 +9,12 @@ from lightning_qat.callbacks.export import ExportCallback
 from lightning_qat.callbacks.lora import LoRA
 from lightning_qat.callbacks.masks import BatchMask, DelimiterMask, KindWeights, TargetMask
 from lightning_qat.callbacks.parameter_group import ParameterGroup
+from lightning_qat.callbacks.penalty import Penalty
 from lightning_qat.callbacks.plateau import PlateauBitWidth
 from lightning_qat.callbacks.progressive import ProgressiveBitWidth
 from lightning_qat.callbacks.qat import QATCallback
 from lightning_qat.callbacks.reasoning import ReasoningMatch
+from lightning_qat.callbacks.regularization import Regularization
 from lightning_qat.callbacks.statistics import QuantizationStatistics
 
 __all__ = [
@@ -27,10 +29,12 @@ __all__ = [
     "KindWeights",
     "LoRA",
     "ParameterGroup",
+    "Penalty",
     "PlateauBitWidth",
     "ProgressiveBitWidth",
     "QATCallback",
     "QuantizationStatistics",
     "ReasoningMatch",
+    "Regularization",
     "TargetMask",
 ]

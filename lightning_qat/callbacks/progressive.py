@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 from typing_extensions import override
 
 from lightning_qat.callbacks.bit_width import BitWidth
+from lightning_qat.callbacks.run_length import run_length
 from lightning_qat.schedules import Change, Precision, Schedule, as_schedule
 
 
@@ -106,17 +107,4 @@ class ProgressiveBitWidth(pl.Callback):
         try:
             return self.schedule.changes()
         except ValueError:  # it needs the length of the run
-            return self.schedule.changes(_length(trainer, self.unit))
-
-
-def _length(trainer: "pl.Trainer", unit: str) -> float | None:
-    if unit == "epoch":
-        return _finite(trainer.max_epochs)
-    total = trainer.estimated_stepping_batches
-    if not trainer.lightning_module.automatic_optimization:
-        total *= len(trainer.optimizers)
-    return _finite(min(total, trainer.max_steps) if trainer.max_steps >= 0 else total)
-
-
-def _finite(total: float | None) -> float | None:
-    return None if total is None or total < 0 or total == float("inf") else total
+            return self.schedule.changes(run_length(trainer, self.unit))

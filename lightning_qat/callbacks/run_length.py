@@ -1,0 +1,39 @@
+"""How long a run will be, and how much of it is done."""
+
+import lightning.pytorch as pl
+
+
+def run_length(trainer: "pl.Trainer", unit: str) -> float | None:
+    """Return the number of epochs or optimizer steps (``trainer.global_step``) of the run; None where it has no end.
+
+    With several optimizers each of their steps counts, as if each stepped once per batch.
+
+    Args:
+        trainer: that fits.
+        unit: ``"epoch"`` or ``"step"``.
+    """
+    if unit == "epoch":
+        return _finite(trainer.max_epochs)
+    total = trainer.estimated_stepping_batches
+    if not trainer.lightning_module.automatic_optimization:
+        total *= len(trainer.optimizers)
+    return _finite(min(total, trainer.max_steps) if trainer.max_steps >= 0 else total)
+
+
+def num_steps(trainer: "pl.Trainer", who: str) -> float:
+    """Return the number of optimizer steps of the run.
+
+    Raises:
+        ValueError: the run has no end; in the words of the callback ``who``.
+    """
+    total = run_length(trainer, "step")
+    if not total:
+        raise ValueError(
+            f"{who} follows the share of the run that is done, but the run has no end: give Trainer(max_steps=...), or "
+            "max_epochs=... with data of known length"
+        )
+    return total
+
+
+def _finite(total: float | None) -> float | None:
+    return None if total is None or total < 0 or total == float("inf") else total
