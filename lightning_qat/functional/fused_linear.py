@@ -70,18 +70,19 @@ class _FusedLinear(torch.autograd.Function):
     def forward(
         x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        of_weight = _setting(tensors[:5], plan.weight)
+        of_weight, known = _setting(tensors[:5], plan.weight), _known(tensors, plan)
         if plan.input is None:
-            return F.linear(x, _weight(of_weight, weight, plan), _cast(bias, plan)), None
-        of_input = _setting(tensors[5:], plan.input)
+            return F.linear(x, _weight(of_weight, weight, plan, known), _cast(bias, plan)), None
+        of_input = _setting(tensors[5:10], plan.input)
         levels = of_input.levels(x)
         codes = _codes(levels, of_input) if plan.integer or plan.keeps_codes else None
         if plan.integer:
             assert codes is not None  # noqa: S101
-            y = _integer_linear(codes, weight, bias, of_weight, of_input, plan)
+            levels = quantized_weight(weight, of_weight, integer=True, dtype=plan.dtype) if known is None else known
+            y = _integer_linear(codes, levels, bias, of_weight, of_input, plan)
         else:
             values = _tokens(of_input.values(levels, x.dtype), plan).to(plan.dtype)
-            y = F.linear(values, _weight(of_weight, weight, plan), _cast(bias, plan))
+            y = F.linear(values, _weight(of_weight, weight, plan, known), _cast(bias, plan))
         return y, codes if plan.keeps_codes else None
 
     @staticmethod
@@ -103,17 +104,19 @@ class _FusedLinear(torch.autograd.Function):
         plan: Plan = ctx.plan
         grad = grad.to(plan.dtype)
         of_weight = _not_before(grad, _setting(tuple(tensors[:5]), plan.weight))
-        of_input = None if plan.input is None else _not_before(grad, _setting(tuple(tensors[5:]), plan.input))
-        grad_x, *from_input = _input_gradients(ctx, grad, kept, weight, of_weight, of_input)
+        of_input = None if plan.input is None else _not_before(grad, _setting(tuple(tensors[5:10]), plan.input))
+        known = _known(tuple(tensors), plan)
+        grad_x, *from_input = _input_gradients(ctx, grad, kept, weight, of_weight, of_input, known)
         grad_weight, *from_weight = _weight_gradients(ctx, grad, kept, weight, of_weight, of_input)
         wants_bias = ctx.needs_input_grad[2]
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.dtypes[1]) if wants_bias else None
-        return grad_x, grad_weight, grad_bias, None, *from_weight, *from_input
+        last = () if known is None else (None,)
+        return grad_x, grad_weight, grad_bias, None, *from_weight, *from_input, *last
 
 
 def fused_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, of_weight: Setting, of_input: Setting | None = None, *,
-    grouped_input: bool = False, integer: bool = False, dtype: torch.dtype | None = None,
+    grouped_input: bool = False, integer: bool = False, dtype: torch.dtype | None = None, known: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     r"""Return :math:`\hat x \hat W^T + b` of fake-quantized input and weight, keeping for backward no quantized copy.
 
@@ -130,6 +133,7 @@ def fused_linear(
         integer: run the forward product on int8 codes; needs scales per token and per output, symmetric grids, and
             fewer than 2^17 features. The result is the exact product up to the roundings of the epilogue.
         dtype: dtype of the products and of the result; None takes that of x.
+        known: what :func:`quantized_weight` returns for the same arguments, computed before; it is kept for backward.
     """
     plan = Plan(
         Pieces(of_weight.rounding, of_weight.rule, of_weight.learned),
@@ -137,8 +141,30 @@ def fused_linear(
         grouped_input, integer, dtype or x.dtype,
     )  # fmt: skip
     tensors = [(s.scale, s.zero_point, s.temperature, s.lo, s.hi) for s in (of_weight, of_input) if s is not None]
-    y: Tensor = _FusedLinear.apply(x, weight, bias, plan, *(t for five in tensors for t in five))[0]  # type: ignore[no-untyped-call]
+    last = () if known is None else (known,)
+    y: Tensor = _FusedLinear.apply(x, weight, bias, plan, *(t for five in tensors for t in five), *last)[0]  # type: ignore[no-untyped-call]
     return y
+
+
+def quantized_weight(weight: Tensor, of_weight: Setting, *, integer: bool, dtype: torch.dtype) -> Tensor:
+    """Return what the product takes of a weight: int8 codes, or fake-quantized values; [outputs, features].
+
+    Args:
+        weight: latent weight, [outputs, features] or [outputs, groups, size].
+        of_weight: quantization of the weight.
+        integer: codes for integer products; those of half-integer grids are twice as large as their levels.
+        dtype: of the values.
+    """
+    levels = of_weight.levels(weight)
+    if not integer:
+        return of_weight.values(levels, weight.dtype).flatten(1).to(dtype)
+    return (levels.mul_(2.0) if of_weight.rounding.offset else levels).to(torch.int8)
+
+
+def _known(tensors: _Tensors, plan: Plan) -> Tensor | None:
+    """Return the quantized weight where it was given, after the tensors of the settings."""
+    number = 5 if plan.input is None else 10
+    return tensors[number] if len(tensors) > number else None
 
 
 def _not_before(grad: Tensor, setting: Setting) -> Setting:
@@ -159,8 +185,15 @@ def _cast(bias: Tensor | None, plan: Plan) -> Tensor | None:
     return None if bias is None else bias.to(plan.dtype)
 
 
-def _weight(setting: Setting, weight: Tensor, plan: Plan) -> Tensor:
-    return setting.values(setting.levels(weight), weight.dtype).flatten(1).to(plan.dtype)
+def _weight(setting: Setting, weight: Tensor, plan: Plan, known: Tensor | None) -> Tensor:
+    """Return the weight as a float product sees it."""
+    if known is None:
+        return quantized_weight(weight, setting, integer=False, dtype=plan.dtype)
+    if not plan.integer:
+        return known
+    levels = known.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
+    levels = levels.mul_(0.5) if setting.rounding.offset else levels
+    return setting.values(levels.reshape(weight.shape), weight.dtype).flatten(1).to(plan.dtype)
 
 
 def _codes(levels: Tensor, setting: Setting) -> Tensor:
@@ -182,27 +215,26 @@ def _values(kept: Tensor, setting: Setting | None, plan: Plan, dtype: torch.dtyp
 
 
 def _integer_linear(
-    codes: Tensor, weight: Tensor, bias: Tensor | None, of_weight: Setting, of_input: Setting, plan: Plan
+    codes: Tensor, levels: Tensor, bias: Tensor | None, of_weight: Setting, of_input: Setting, plan: Plan
 ) -> Tensor:
-    levels, scale = of_weight.levels(weight), of_weight.scale
-    if of_weight.rounding.offset:  # half-integer levels: twice as large they are integers
-        levels, scale = levels.mul_(2.0), scale * 0.5
+    scale = of_weight.scale * 0.5 if of_weight.rounding.offset else of_weight.scale
     tokens = codes.reshape(-1, codes.shape[-1])
     token_scale = of_input.scale.expand(*codes.shape[:-1], 1).reshape(-1, 1)
-    y = scaled_product(tokens, levels.to(torch.int8), token_scale, scale.reshape(1, -1), bias, dtype=plan.dtype)
-    return y.reshape(*codes.shape[:-1], weight.shape[0])
+    y = scaled_product(tokens, levels, token_scale, scale.reshape(1, -1), bias, dtype=plan.dtype)
+    return y.reshape(*codes.shape[:-1], levels.shape[0])
 
 
 def _input_gradients(
-    ctx: Any, grad: Tensor, kept: Tensor, weight: Tensor, of_weight: Setting, of_input: Setting | None
-) -> tuple[Tensor | None, ...]:
+    ctx: Any, grad: Tensor, kept: Tensor, weight: Tensor, of_weight: Setting, of_input: Setting | None,
+    known: Tensor | None,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Return the gradients of the input and of the five tensors of its quantization."""
     needs = ctx.needs_input_grad
     if of_input is None:
-        return ((grad @ _weight(of_weight, weight, ctx.plan)).to(ctx.dtypes[0]) if needs[0] else None,)
+        return ((grad @ _weight(of_weight, weight, ctx.plan, known)).to(ctx.dtypes[0]) if needs[0] else None,)
     if not (needs[0] or needs[9] or needs[11]):
         return (None,) * 6
-    inner = (grad @ _weight(of_weight, weight, ctx.plan)).to(ctx.dtypes[0]).reshape(kept.shape)
+    inner = (grad @ _weight(of_weight, weight, ctx.plan, known)).to(ctx.dtypes[0]).reshape(kept.shape)
     if ctx.plan.keeps_codes:
         return inner, *(None,) * 5
     grad_x, scale, temperature = of_input.gradients(inner, kept, (needs[0], needs[9], needs[11]))
