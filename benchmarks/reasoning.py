@@ -10,7 +10,7 @@ is right when the model writes greedily from the problem on.
 The float model that learns it in two to three minutes of one core (80 to 100 ms a step): `float_settings()`, 2 layers
 of width 96, 1500 steps of 64 problems, AdamW with weight decay 0.1, learning rate 4e-3 with a warm-up of 10 % and a
 cosine to 0, gradients clipped at norm 1. Each seed has its own initial weights and training problems. Everything that
-trains with quantization starts from it and has a third of its steps.
+trains with quantization starts from it, for a third of its steps, and for a fifteenth, where more is left to gain.
 """
 
 import argparse
@@ -37,17 +37,22 @@ from lightning_qat.models import ArithmeticModel
 from lightning_qat.quantization import AbsMax, Int, LayerSpec, QuantizerSpec, Ternary
 
 FLOAT_STEPS = 1500
-QAT_STEPS = FLOAT_STEPS // 3
+QAT_STEPS = (FLOAT_STEPS // 3, FLOAT_STEPS // 15)
 BATCH_SIZE, NUM_TEST, LEVELS = 64, 500, (1, 2)
-QAT_LEARNING_RATE = 2e-3
+QAT_LEARNING_RATE = 4e-3
 GRIDS = {"int3": recipes.int3, "int2": recipes.int2, "ternary": recipes.ternary}
-METHODS = {
+AFTER = {
     "rounding": "post-training, absolute maximum",
     "post-training": "post-training, scales of least error",
+}
+METHODS = {
+    **AFTER,
     "qat": "QAT",
     "distillation": "QAT + distillation",
     "reasoning": "QAT + distillation + reasoning",
 }
+BEFORE = {"distillation": "qat", "reasoning": "distillation"}
+Key = tuple[str, str, int, int]
 
 
 def float_settings() -> dict[str, Any]:
@@ -124,29 +129,37 @@ def callbacks_of(grid: str, method: str, weight: float = 1.0, preset: str = "def
     return found
 
 
-def quantized(grid: str, method: str, seed: int, cache: Path) -> ArithmeticModel:
-    """Return the float model of a seed, quantized by a method."""
+def quantized(grid: str, method: str, steps: int, seed: int, cache: Path) -> ArithmeticModel:
+    """Return the float model of a seed, quantized by a method; no steps are after training."""
     weights = float_model(seed, cache)[0].state_dict()
     module = model(seed, learning_rate=QAT_LEARNING_RATE, weight_decay=0.0)
     module.load_state_dict(weights)
-    if method in ("rounding", "post-training"):
+    if method in AFTER:
         prepare(module, rounding(grid) if method == "rounding" else GRIDS[grid]())
     else:
-        fit(module, data(seed + 1000, QAT_STEPS), QAT_STEPS, callbacks_of(grid, method))
+        fit(module, data(seed + 1000, steps), steps, callbacks_of(grid, method))
     return module
 
 
-def run(grid: str, method: str, seed: int, cache: Path) -> dict[str, Any]:
+def run(grid: str, method: str, steps: int, seed: int, cache: Path) -> dict[str, Any]:
     """Return a row: what was done, and its figures."""
     began = time.process_time()
-    module = quantized(grid, method, seed, cache)
+    module = quantized(grid, method, steps, seed, cache)
     seconds = time.process_time() - began
     kept = float_model(seed, cache)[1]["exact_match"]
     figures = evaluate(module)
-    return {
-        "grid": grid, "method": method, "seed": seed, **figures, "kept": figures["exact_match"] / kept,
-        "cpu_seconds": round(seconds, 1),
-    }  # fmt: skip
+    what = {"grid": grid, "method": method, "steps": steps, "seed": seed}
+    return {**what, **figures, "kept": figures["exact_match"] / kept, "cpu_seconds": round(seconds, 1)}
+
+
+def runs(options: argparse.Namespace) -> list[Key]:
+    """Return what is asked for: seed by seed, the long budget first."""
+    found: list[Key] = []
+    for seed in options.seeds:
+        for steps in (0, *options.steps):
+            methods = [method for method in options.methods if (method in AFTER) == (steps == 0)]
+            found += [(grid, method, steps, seed) for grid in options.grids for method in methods]
+    return found
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -156,33 +169,40 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return mean and spread of the exact match for each grid and method, and the difference to the method before.
+    """Return mean and spread for each grid, budget and method, and the difference to the method before.
 
     The difference is paired: of the same seed, so of the same float model and training problems.
     """
+    groups: dict[tuple[str, str, int], dict[int, dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["grid"], row["method"], row["steps"]), {})[row["seed"]] = row
     found = []
-    for grid in dict.fromkeys(row["grid"] for row in rows):
-        before: dict[int, dict[str, Any]] = {}
-        for method in dict.fromkeys(row["method"] for row in rows if row["grid"] == grid):
-            chosen = {row["seed"]: row for row in rows if (row["grid"], row["method"]) == (grid, method)}
-            line: dict[str, Any] = {"grid": grid, "method": method}
-            for name in ("exact_match", "kept", "loss"):
-                line[name] = spread([row[name] for row in chosen.values()])
-                both = [row[name] - before[seed][name] for seed, row in chosen.items() if seed in before]
-                line[f"{name}_gain"] = spread(both) if both else None
-            found.append(line)
-            before = chosen
+    for (grid, method, steps), chosen in groups.items():
+        line: dict[str, Any] = {"grid": grid, "method": method, "steps": steps}
+        before = groups.get((grid, BEFORE.get(method, ""), steps), {})
+        for name in ("exact_match", "kept", "loss"):
+            line[name] = spread([row[name] for row in chosen.values()])
+            both = [row[name] - before[seed][name] for seed, row in chosen.items() if seed in before]
+            line[f"{name}_gain"] = spread(both) if both else None
+        found.append(line)
     return found
 
 
 def show(lines: list[dict[str, Any]]) -> None:
     """Print the summary as a table in Markdown."""
-    print("| weights | method | exact match | of float | loss | exact match, paired | loss, paired |")
-    print("|---|---|---|---|---|---|---|")
+    print("| weights | steps | method | exact match, % | of float, % | loss | paired, points | paired, loss |")
+    print("|---|---|---|---|---|---|---|---|")
     for line in lines:
         percent = [_text(line[name], 100, 1) for name in ("exact_match", "kept")]
         paired = [_text(line["exact_match_gain"], 100, 1, "+"), _text(line["loss_gain"], 1, 4, "+")]
-        cells = [line["grid"], METHODS[line["method"]], *percent, _text(line["loss"], 1, 4), *paired]
+        cells = [
+            line["grid"],
+            str(line["steps"]),
+            METHODS[line["method"]],
+            *percent,
+            _text(line["loss"], 1, 4),
+            *paired,
+        ]
         print("| " + " | ".join(cells) + " |")
 
 
@@ -194,12 +214,13 @@ def _text(found: dict[str, float] | None, factor: float, digits: int, sign: str 
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw the share of the float model's exact match that each method keeps, a dot for each seed."""
+    """Draw the share of the float model's exact match that each method keeps at the long budget; a dot is a seed."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
+    rows = [row for row in rows if row["steps"] in (0, QAT_STEPS[0])]
     grids = list(dict.fromkeys(row["grid"] for row in rows))
     figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
     width = 0.8 / len(METHODS)
@@ -225,6 +246,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--grids", choices=list(GRIDS), nargs="+", default=list(GRIDS))
     parser.add_argument("--methods", choices=list(METHODS), nargs="+", default=list(METHODS))
+    parser.add_argument("--steps", type=int, nargs="+", default=list(QAT_STEPS), help="budgets of training")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--cache", type=Path, default=Path("outputs/reasoning"), help="folder of the float models")
     parser.add_argument("--output", type=Path, help="JSON file to write; rows that it holds are not run again")
@@ -239,16 +261,15 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     known = json.loads(options.output.read_text())["rows"] if options.output and options.output.is_file() else []
-    rows = {(row["grid"], row["method"], row["seed"]): row for row in known}
-    asked = [(grid, method, seed) for seed in options.seeds for grid in options.grids for method in options.methods]
-    for grid, method, seed in asked:
-        if (grid, method, seed) not in rows:
-            row = rows[grid, method, seed] = run(grid, method, seed, options.cache)
-            print(f"seed {seed} {grid:8} {method:14} {row['exact_match']:.3f} {row['cpu_seconds']:.0f} s", flush=True)
+    rows = {(row["grid"], row["method"], row["steps"], row["seed"]): row for row in known}
+    for key in runs(options):
+        if key not in rows:
+            row = rows[key] = run(*key, options.cache)
+            print(*key, f"{row['exact_match']:.3f} {row['loss']:.5f} {row['cpu_seconds']:.0f} s", flush=True)
             if options.output:
                 write(options, list(rows.values()))
-    order = list(METHODS)
-    ordered = sorted(rows.values(), key=lambda row: (list(GRIDS).index(row["grid"]), order.index(row["method"])))
+    grids, methods = list(GRIDS), list(METHODS)
+    ordered = [rows[key] for key in sorted(rows, key=lambda k: (grids.index(k[0]), k[2] > 0, -k[2], methods.index(k[1]), k[3]))]
     show(summary(ordered))
     if options.plot:
         plot(ordered, options.plot)
@@ -259,7 +280,7 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     floats = {str(seed): float_model(seed, options.cache)[1] for seed in dict.fromkeys(row["seed"] for row in rows)}
     settings = {
         "float": {**float_settings(), "steps": FLOAT_STEPS, "batch_size": BATCH_SIZE},
-        "qat": {"steps": QAT_STEPS, "learning_rate": QAT_LEARNING_RATE, "weight_decay": 0.0},
+        "qat": {"learning_rate": QAT_LEARNING_RATE, "weight_decay": 0.0},
         "test_problems": NUM_TEST,
     }
     content = {"machine": machine(), "settings": settings, "float": floats, "rows": rows}

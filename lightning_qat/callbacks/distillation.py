@@ -54,7 +54,7 @@ class Distillation(pl.Callback, ModuleHooks):
             forward runs, else the one child with parameters that does.
         select: takes the tensor to match from an output; by default a tensor, ``logits`` of a dict or object, the
             only floating tensor of a dict, the first of a tuple.
-        mask: function of the batch that returns which positions count, such as
+        mask: function of the batch that returns which positions count, `TargetMask`, `BatchMask` or
             ``lambda batch: next_token_mask(batch["labels"])``.
         features: layers inside the model that follow the teacher's, too.
         reasoning: steps of reasoning that follow the teacher's, too; adds its own weight times its own loss.

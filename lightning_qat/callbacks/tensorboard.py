@@ -51,7 +51,8 @@ def layout() -> dict[str, dict[str, list[Any]]]:
                 [r"quantization/total/.*/sqnr$"],
             ],
             "Size in bytes": ["Multiline", [r"quantization/total/size$"]],
-            "Distillation: losses": ["Multiline", [r"distillation/(task_loss|loss|features)$"]],
+            "Distillation: losses": ["Multiline", [r"distillation/(task_loss|loss|features|reasoning)$"]],
+            "Distillation: terms of reasoning": ["Multiline", [r"distillation/reasoning_\w+$"]],
             "Distillation: agreement, 1 is best": ["Multiline", [r"distillation/top1_agreement$"]],
         },
         "Weights, one line per layer": {
