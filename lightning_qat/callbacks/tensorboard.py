@@ -51,8 +51,7 @@ def layout() -> dict[str, dict[str, list[Any]]]:
                 [r"quantization/total/.*/sqnr$"],
             ],
             "Size in bytes": ["Multiline", [r"quantization/total/size$"]],
-            "Distillation: losses": ["Multiline", [r"distillation/(task_loss|loss|features|reasoning)$"]],
-            "Distillation: terms of reasoning": ["Multiline", [r"distillation/reasoning_\w+$"]],
+            "Distillation: losses": ["Multiline", [r"distillation/(task_loss|loss|features|reasoning\w*)$"]],
             "Distillation: agreement, 1 is best": ["Multiline", [r"distillation/top1_agreement$"]],
         },
         "Weights, one line per layer": {
