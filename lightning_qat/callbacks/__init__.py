@@ -6,6 +6,7 @@ from lightning_qat.callbacks.calibration import Calibration
 from lightning_qat.callbacks.capture import FeatureMatch
 from lightning_qat.callbacks.distillation import Distillation
 from lightning_qat.callbacks.export import ExportCallback
+from lightning_qat.callbacks.freezing import OscillationFreezing
 from lightning_qat.callbacks.lora import LoRA
 from lightning_qat.callbacks.masks import BatchMask, DelimiterMask, KindWeights, TargetMask
 from lightning_qat.callbacks.parameter_group import ParameterGroup
@@ -28,6 +29,7 @@ __all__ = [
     "FeatureMatch",
     "KindWeights",
     "LoRA",
+    "OscillationFreezing",
     "ParameterGroup",
     "Penalty",
     "PlateauBitWidth",
