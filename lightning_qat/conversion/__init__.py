@@ -7,6 +7,7 @@ from lightning_qat.conversion.calibrate import calibrate
 from lightning_qat.conversion.checkpoint import load_checkpoint
 from lightning_qat.conversion.fold import fold_batchnorm, reestimate_batchnorm
 from lightning_qat.conversion.lora import add_lora, merge_lora
+from lightning_qat.conversion.peft import adopt_peft
 from lightning_qat.conversion.prepare import float_weights, prepare, unprepare
 from lightning_qat.conversion.report import ConversionReport, ReportRow
 from lightning_qat.conversion.rotations import fold_rotations, online_rotations, rotate_between
@@ -28,6 +29,7 @@ __all__ = [
     "ReportRow",
     "Sensitivity",
     "add_lora",
+    "adopt_peft",
     "allocate_bits",
     "bake",
     "calibrate",

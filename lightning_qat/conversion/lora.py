@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_qat.conversion.plan import joined
 from lightning_qat.conversion.sharding import is_sharded
-from lightning_qat.conversion.state import layers, quantizers
+from lightning_qat.conversion.state import layers, quantizers, refresh_scales
 from lightning_qat.conversion.view import (
     ADAPTER_SUFFIX,
     INPUT_QUANTIZER,
@@ -109,6 +109,7 @@ def adapt(model: nn.Module, settings: "Settings", *, match: Globs, trainable: Gl
         made.append((module, slot, low_rank))
     for module, slot, low_rank in made:
         attach_adapter(module, slot, low_rank)
+    refresh_scales(model)
     freeze(model, trainable, complete)
     return tuple(name for name, _, _ in owners)
 

@@ -24,6 +24,7 @@ from lightning_qat.conversion.state import (
     remember,
     uncompiled,
 )
+from lightning_qat.conversion.tuners import refuse_tuners
 from lightning_qat.conversion.undo import float_weights, unprepare
 from lightning_qat.conversion.view import (
     INPUT_QUANTIZER,
@@ -81,8 +82,8 @@ def prepare(model: nn.Module, recipe: Recipe, *, arithmetic: str = "auto") -> Co
         layers which are new since are prepared, too.
 
     Raises:
-        ValueError: a rule of the recipe without effect, a spec that does not fit its layer, or another recipe than
-            the one the model is prepared by.
+        ValueError: a rule of the recipe without effect, a spec that does not fit its layer, another recipe than the
+            one the model is prepared by, or layers of peft (:func:`~lightning_qat.adopt_peft` takes those).
         TypeError: a model or recipe of the wrong kind.
     """
     report = convert(model, recipe, arithmetic=arithmetic)
@@ -95,7 +96,9 @@ def convert(model: nn.Module, recipe: Recipe, *, arithmetic: str = "auto") -> Co
     """Do what :func:`prepare` does, but leave rules without effect to the report: layers may still come."""
     _check_arguments(model, recipe, arithmetic)
     _check_prepared(model, recipe, arithmetic)
-    built = [parts for decision in plan(layers(model), recipe) for parts in _build(decision)]
+    decisions = plan(layers(model), recipe)
+    refuse_tuners(model, decisions)
+    built = [parts for decision in decisions for parts in _build(decision)]
     if built:  # a model that is prepared already may be wrapped since
         _check_unwrapped(model, [parts.owner for parts in built])
     for parts in built:
