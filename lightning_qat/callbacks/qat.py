@@ -13,6 +13,7 @@ from torch import nn
 from torch.linalg import vector_norm
 from typing_extensions import override
 
+from lightning_qat.callbacks.accumulation import AccumulationWindows
 from lightning_qat.callbacks.attachment import ModuleHooks, attach, averaged_models, callbacks_of, detach
 from lightning_qat.callbacks.differences import differences
 from lightning_qat.callbacks.lora import merge_adapters
@@ -81,6 +82,7 @@ class QATCallback(pl.Callback, ModuleHooks):
         self.scale_lr_multiplier = scale_lr_multiplier
         self.groups = _checked(groups)
         self._reported: ConversionReport | None = None
+        self._windows = AccumulationWindows()
 
     def __repr__(self) -> str:
         """Return an expression that evaluates back."""
@@ -174,6 +176,7 @@ class QATCallback(pl.Callback, ModuleHooks):
         if batch_idx == 0:  # after on_train_epoch_start, where finetuning callbacks add groups
             check_groups(pl_module, trainer.optimizers)
             align_rates(trainer.optimizers)
+        self._windows.batch_begins(trainer, pl_module, batch_idx)
 
     @override
     def on_validation_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -190,8 +193,13 @@ class QATCallback(pl.Callback, ModuleHooks):
 
     @override
     def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
+        self._windows.close()
         unwatch(trainer.optimizers)
         detach(pl_module)
+
+    @override
+    def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
+        self._windows.close()
 
     def _optimizer_options(self) -> dict[str, Any]:
         """Return in plain types what a resumed optimizer already has."""

@@ -18,6 +18,7 @@ from lightning_qat.conversion.sensitivity import (
     OutputError,
     Sensitivity,
 )
+from lightning_qat.conversion.window import accumulation_window
 
 __all__ = [
     "Allocation",
@@ -28,6 +29,7 @@ __all__ = [
     "OutputError",
     "ReportRow",
     "Sensitivity",
+    "accumulation_window",
     "add_lora",
     "adopt_peft",
     "allocate_bits",

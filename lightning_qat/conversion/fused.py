@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_qat.conversion.inputs import in_forward, transform_and_quantize
 from lightning_qat.conversion.sharding import is_sharded
 from lightning_qat.conversion.view import (
+    FUSED_FORWARDS,
     INPUT_QUANTIZER,
     QUANTIZER_SUFFIX,
     TRANSFORMS,
@@ -24,6 +25,7 @@ from lightning_qat.conversion.view import (
     transformed,
     weight_quantizer,
 )
+from lightning_qat.conversion.window import setting_in_window
 from lightning_qat.functional.fake_quantize import Setting
 from lightning_qat.functional.fused_linear import fused_linear
 from lightning_qat.functional.integer import MAX_FEATURES, integers_are_exact, integers_pay
@@ -56,7 +58,7 @@ def _unfused(module: Any, x: Tensor, own_input: bool) -> Tensor:
 
 
 def _fused(module: Any, x: Tensor, dtype: torch.dtype, *, own_input: bool, integer: bool) -> Tensor:
-    linear, weight, of_weight = _weight(module)
+    linear, weight, of_weight = _weight(module, integer=integer, dtype=dtype)
     if not own_input:
         return linear(x.to(dtype), weight, module.bias, of_weight)
     for transform in module._modules.get(TRANSFORMS) or ():
@@ -71,7 +73,7 @@ def _fused(module: Any, x: Tensor, dtype: torch.dtype, *, own_input: bool, integ
     return linear(x, weight, module.bias, of_weight, of_input, grouped_input=grouped, integer=integer, dtype=dtype)
 
 
-def _weight(module: nn.Module) -> tuple[Callable[..., Tensor], Tensor, Setting]:
+def _weight(module: nn.Module, *, integer: bool, dtype: torch.dtype) -> tuple[Callable[..., Tensor], Tensor, Setting]:
     """Return the function that computes the product, the weight for it, and how that is quantized.
 
     A weight that LoRA corrects is not kept for backward: it is computed again. A compiler gets the plain form.
@@ -80,7 +82,10 @@ def _weight(module: nn.Module) -> tuple[Callable[..., Tensor], Tensor, Setting]:
     weight = latent(module, "weight")
     if low_rank is None or torch.compiler.is_compiling():
         value = transformed(module, weight if low_rank is None else low_rank(weight))
-        return fused_linear, *quantizer.setting(value)
+        if low_rank is not None:
+            return fused_linear, *quantizer.setting(value)
+        value, setting, known = setting_in_window(quantizer, weight, value, integer=integer, dtype=dtype)
+        return partial(fused_linear, known=known), value, setting
     origin = Origin(partial(_merged, module, low_rank), low_rank.sources(weight))
     with torch.no_grad():
         value = origin.compute(*origin.sources)
@@ -184,6 +189,4 @@ def arithmetic_label(module: nn.Module) -> str | None:
     return "integer products" if runs_on_integers(module, weight.device.type, dtype) else "float products"
 
 
-def fused_forward(base: type[nn.Module], names: tuple[str, ...]) -> Callable[..., Tensor] | None:
-    """Return the forward that a view of a class gets in the place of its own, or None."""
-    return forward if names == ("weight",) and base.forward is nn.Linear.forward else None
+FUSED_FORWARDS[nn.Linear.forward] = forward

@@ -6,13 +6,10 @@ from typing import Any, Final
 
 from torch import Tensor, nn
 
-from lightning_qat.conversion.view import INPUT_QUANTIZER, QUANTIZER_SUFFIX, TRANSFORMS, view_names
+from lightning_qat.conversion.view import FUSED, INPUT_QUANTIZER, QUANTIZER_SUFFIX, TRANSFORMS, view_names
 
 ARGUMENTS: Final = "_quantized_arguments"
 """Where a module keeps the names of the forward's leading arguments that are quantized."""
-
-FUSED: Final = "_fused"
-"""Marks views whose forward quantizes the input itself."""
 
 
 def quantize_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -25,6 +25,10 @@ QUANTIZER_SUFFIX: Final = "_quantizer"
 INPUT_QUANTIZER: Final = "input_quantizer"
 TRANSFORMS: Final = "quantizer_transforms"
 ADAPTER_SUFFIX: Final = "_quantizer_lora"
+FUSED: Final = "_fused"  # marks views whose forward quantizes the input itself
+FUSED_FORWARDS: Final[dict[Any, Callable[..., Tensor]]] = {}
+"""What takes the place of a stock forward in views of ``weight`` alone; ``fused.py``, which reads views, fills it."""
+
 _READS_LATENT: Final = "_reads_latent"
 
 # Who reads a weight to change or replace it, not to compute with it: pruning ranks latent weights, weight_norm splits
@@ -139,8 +143,7 @@ def find_scale(module: nn.Module, name: str) -> None:
 def fake_quantized(module: nn.Module, name: str) -> Tensor:
     """Return a weight as the layer computes with it: transformed and fake-quantized."""
     weight, quantizer, low_rank = latent(module, name), weight_quantizer(module, name), adapter(module, name)
-    if low_rank is not None:
-        weight = low_rank(weight)
+    weight = weight if low_rank is None else low_rank(weight)
     result: Tensor = quantizer(transformed(module, weight) if quantizer.enabled else weight)
     return result if low_rank is None else narrow(result, low_rank.dtype)
 
@@ -277,8 +280,7 @@ def _reading_latents(method: str) -> Callable[..., Any]:
 def mark_stale(module: nn.Module) -> None:
     """Let stored weight scales be found anew before their next use."""
     for name in view_names(module):
-        quantizer = weight_quantizer(module, name)
-        quantizer.stale = quantizer.stored
+        weight_quantizer(module, name).outdate()
 
 
 def _reduce(self: nn.Module, protocol: Any) -> Any:
@@ -295,9 +297,6 @@ def view_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]
     known = _VIEWS.get((base, names))
     if known is not None:
         return known
-    from lightning_qat.conversion.fused import fused_forward  # reads weights through this file
-    from lightning_qat.conversion.inputs import FUSED
-
     namespace: dict[str, Any] = {
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
@@ -307,7 +306,7 @@ def view_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]
         "_view_names": names,
         "register_parameter": _register_parameter,
     }
-    fused = fused_forward(base, names)
+    fused = FUSED_FORWARDS.get(base.forward) if names == ("weight",) else None
     if fused is not None:
         namespace |= {"forward": fused, FUSED: True}
     for name in names:

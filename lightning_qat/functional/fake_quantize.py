@@ -190,7 +190,7 @@ class Setting:
             if total is not None:
                 total.add_((self.rule.temperature_gradient(wide, point) * part.scale).sum())
             if sums is not None:
-                room = scratch.take(point.u, point.u.dtype)
+                room = scratch.take(point.u, point.u)
                 summands = lsq_summands(wide, point, part.zero_point, out=point.q, room=room)
                 (sums[rows] if part.scale.shape != sums.shape else sums).add_(summands.sum_to_size(part.scale.shape))
         return out, self._divided(sums, x, self.scale.numel()), self._divided(total, x, 1)
@@ -209,8 +209,8 @@ class Setting:
 
     def _point(self, x: Tensor, scratch: "_Scratch") -> Point:
         wide = _wide(x)
-        u = _units(wide, self.scale, out=scratch.take(wide, torch.result_type(wide, self.scale)))
-        copied = scratch.take(u, u.dtype)
+        u = _units(wide, self.scale, out=scratch.take(wide, self.scale))
+        copied = scratch.take(u, u)
         q = u.clone() if copied is None else copied.copy_(u)
         q = _levels_(q, self.zero_point, lo=self.lo, hi=self.hi, rounding=self.rounding)
         u = u if self.zero_point is None else u.add_(self.zero_point)
@@ -240,12 +240,12 @@ class _Scratch:
         """Start a piece, the first the largest; where there is but one, nothing is shared."""
         self._taken = 0 if shared else None
 
-    def take(self, like: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """Return the next buffer of a piece in the shape of a tensor, or None for a fresh tensor."""
+    def take(self, like: Tensor, other: Tensor) -> Tensor | None:
+        """Return the next buffer of a piece, for a result in the shape of the first tensor; None: a fresh one."""
         if self._taken is None:
             return None
         if self._taken == len(self._buffers):
-            self._buffers.append(torch.empty(like.numel(), dtype=dtype))
+            self._buffers.append(torch.empty(like.numel(), dtype=torch.result_type(like, other)))
         self._taken += 1
         return self._buffers[self._taken - 1][: like.numel()].view(like.shape)
 

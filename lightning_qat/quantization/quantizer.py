@@ -17,6 +17,7 @@ from lightning_qat.quantization.observer import Observer
 from lightning_qat.quantization.scale import Bounds, Learned, MovingAverage
 from lightning_qat.quantization.spec import QuantizerSpec
 from lightning_qat.quantization.tensor import QuantizedTensor
+from lightning_qat.quantization.window import Window
 
 
 def _without_bits(grid: Grid) -> tuple[float, float]:
@@ -68,6 +69,7 @@ class FakeQuantizer(nn.Module):
         self.family: Grid = spec.grid
         self.enabled = True
         self.observer: Observer | None = None
+        self.window: Window | None = None
         problem = spec.granularity.problem(shape, self.layout)
         if problem:
             raise ValueError(f'{name}: {problem}, or exclude the layer with Rule("{self.owner or "*"}", None)')
@@ -141,10 +143,15 @@ class FakeQuantizer(nn.Module):
         )  # fmt: skip
         return self.spec.granularity.ungroup(out, tuple(x.shape), self.layout)
 
-    def setting(self, x: Tensor) -> tuple[Tensor, Setting]:
-        """Return x so shaped that scales broadcast to it, and how it is fake-quantized."""
+    def setting(self, x: Tensor, known: tuple[Tensor, Tensor | None] | None = None) -> tuple[Tensor, Setting]:
+        """Return x so shaped that scales broadcast to it, and how it is fake-quantized.
+
+        Args:
+            x: weight or input.
+            known: step and zero point of the same x where they were found before; stored ones are read anyway.
+        """
         grouped, sample = self._sample(x)
-        step, zero_point = self.step_and_zero_point(sample)
+        step, zero_point = self.step_and_zero_point(sample) if known is None or self.stored else known
         temperature = None if self.temperature is None else bounded_temperature(self.temperature, *TEMPERATURE_RANGE)
         return grouped, Setting(
             step, zero_point, temperature, self.lo, self.hi, self.family, self.spec.gradient, self.learned
@@ -202,6 +209,7 @@ class FakeQuantizer(nn.Module):
         return Sample(torch.nan_to_num(wide, nan=0.0, posinf=0.0, neginf=0.0), sample.dims)
 
     def _store(self, scale: Tensor, zero_point: Tensor | None) -> None:
+        self.drop()
         self.scale.copy_(finish_scale(scale, self._scale_dtype).reshape(self.scale.shape))
         if zero_point is not None and self.zero_point is not None:
             self.zero_point.copy_(zero_point.reshape(self.zero_point.shape))
@@ -210,6 +218,21 @@ class FakeQuantizer(nn.Module):
         """Return an observer that suits this quantizer's scale."""
         start = self.spec.scale.init if isinstance(self.spec.scale, Learned) else self.spec.scale
         return Observer(start.momentum) if isinstance(start, MovingAverage) else Observer()
+
+    def outdate(self) -> None:
+        """Let a stored scale be found anew before its next use: there is another weight."""
+        self.stale = self.stored
+        self.drop()
+
+    def drop(self) -> None:
+        """Forget quantized weights that an accumulation window keeps."""
+        if self.window is not None:
+            self.window.drop()
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch to training or evaluation."""
+        self.drop()
+        return super().train(mode)
 
     @torch.no_grad()
     def set_grid(self, grid: Grid) -> None:
@@ -227,6 +250,7 @@ class FakeQuantizer(nn.Module):
             replace(self.spec, grid=grid)
         except ValueError as error:
             raise ValueError(f"{self.name}: cannot change from {self.grid!r} to {grid!r}: {error}") from None
+        self.drop()
         self.grid = grid
         if _without_bits(grid) != _without_bits(self.family):
             self.family = grid
@@ -278,6 +302,7 @@ class FakeQuantizer(nn.Module):
                 self.zero_point.zero_()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self.drop()
         # A float checkpoint: the scale belongs to other weights now. Sharded loading leaves a placeholder there.
         extra = f"{prefix}_extra_state"
         if not isinstance(state_dict.get(extra), Tensor):
