@@ -21,7 +21,20 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_qat import Calibration, QATCallback, Recipe, Rule, calibrate, prepare, recipes
+from lightning_qat import (
+    Calibration,
+    Int,
+    LayerSpec,
+    MovingAverage,
+    PerTensor,
+    QATCallback,
+    QuantizerSpec,
+    Recipe,
+    Rule,
+    calibrate,
+    prepare,
+    recipes,
+)
 from lightning_qat.callbacks.running import call_module, call_predict_step, find_forward
 from lightning_qat.conversion.calibrate import calibration_state, load_calibration_state
 from tests.callbacks._models import (
@@ -215,6 +228,35 @@ def test_artifacts_are_reproducible(tmp_path: Path) -> None:
     Calibration().load(fresh, tmp_path / "scales.safetensors")
     assert_equal_states(calibration_state(fresh), found)
     fit(fresh, QATCallback(), max_steps=0)  # no calibration is needed any more
+
+
+def test_artifacts_are_written_and_read_by_the_callback(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    found = calibrated(Net(), Calibration(2, domains(), path="scales/a.safetensors"), default_root_dir=tmp_path)
+    again = Calibration(dataloader=[], artifact=tmp_path / "scales" / "a.safetensors")
+    with caplog.at_level(logging.INFO):
+        assert_equal_states(calibrated(Net(), again), found)
+    assert again.samples == {"chat": 16, "code": 8}
+    assert "a.safetensors, once found from 24 samples: chat 16 (67 %), code 8 (33 %)." in caplog.text
+    assert eval(repr(Calibration(3, path="a", artifact="b"))).artifact == Path("b")
+    calibrated(Net(), Calibration(path=tmp_path / "trial.safetensors"), fast_dev_run=1)
+    assert not (tmp_path / "trial.safetensors").exists()
+
+
+def test_artifacts_of_inputs_with_another_grid_are_refused(tmp_path: Path) -> None:
+    callback, model = Calibration(), Net()
+    calibrated(model, callback)
+    callback.save(model, tmp_path / "a.safetensors")
+    other = Net()
+    weight, static = QuantizerSpec(Int(4)), QuantizerSpec(Int(4), PerTensor(), MovingAverage())
+    prepare(other, Recipe((Rule("*", LayerSpec(weight, static)),)))
+    with pytest.raises(ValueError, match=r"first.input_quantizer is int4:.* was found for int8:"):
+        callback.load(other, tmp_path / "a.safetensors")
+    (tmp_path / "a.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"a.json does not say 'lightning_qat.calibration' 1"):
+        callback.load(model, tmp_path / "a.safetensors")
+    (tmp_path / "a.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"a.json' is not a file"):
+        callback.load(model, tmp_path / "a.safetensors")
 
 
 def test_artifacts_of_other_models_are_refused(tmp_path: Path) -> None:
