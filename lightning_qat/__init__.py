@@ -16,6 +16,7 @@ from lightning_qat.callbacks import (
     QuantizationStatistics,
     ReasoningMatch,
     Regularization,
+    TwoStageSchedule,
 )
 from lightning_qat.conversion import (
     ConversionReport,
@@ -123,6 +124,7 @@ __all__ = [
     "Soft",
     "StraightThrough",
     "Ternary",
+    "TwoStageSchedule",
     "accumulation_window",
     "add_lora",
     "adopt_peft",

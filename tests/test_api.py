@@ -10,8 +10,8 @@ EXPECTED = {
     "ParameterGroup", "Penalty", "PerChannel", "PerGroup", "PerTensor", "PerToken", "Percentile", "Pi",
     "PlateauBitWidth", "ProgressiveBitWidth", "QATCallback", "QuantizationStatistics", "QuantizedTensor",
     "QuantizerSpec", "ReasoningMatch", "Recipe", "Regularization", "Rule", "Soft", "StraightThrough", "Ternary",
-    "accumulation_window", "add_lora", "adopt_peft", "allocate_bits", "bake", "calibrate", "codes", "float_weights",
-    "load_checkpoint", "merge_lora", "prepare", "recipes", "unprepare",
+    "TwoStageSchedule", "accumulation_window", "add_lora", "adopt_peft", "allocate_bits", "bake", "calibrate",
+    "codes", "float_weights", "load_checkpoint", "merge_lora", "prepare", "recipes", "unprepare",
 }  # fmt: skip
 
 

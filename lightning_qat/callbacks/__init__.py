@@ -17,6 +17,7 @@ from lightning_qat.callbacks.qat import QATCallback
 from lightning_qat.callbacks.reasoning import ReasoningMatch
 from lightning_qat.callbacks.regularization import Regularization
 from lightning_qat.callbacks.statistics import QuantizationStatistics
+from lightning_qat.callbacks.two_stage import TwoStageSchedule
 
 __all__ = [
     "BatchMask",
@@ -39,4 +40,5 @@ __all__ = [
     "ReasoningMatch",
     "Regularization",
     "TargetMask",
+    "TwoStageSchedule",
 ]

@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from lightning_qat.callbacks.measures import Slot, slots
 from lightning_qat.callbacks.run_length import num_steps
+from lightning_qat.callbacks.step_hooks import hook_steps, remove
 from lightning_qat.conversion.sharding import is_sharded
 from lightning_qat.conversion.view import adapter, latent, transformed
 from lightning_qat.functional.fake_quantize import dequantize, quantize
@@ -98,11 +99,8 @@ class OscillationFreezing(pl.Callback):
         for name, weight in self._weights.items():
             if name in self._restored:
                 weight.load(self._restored[name])
-        self._remove_hooks()
-        for optimizer in trainer.optimizers:
-            if not isinstance(optimizer, Optimizer):
-                raise ValueError(f"OscillationFreezing: {type(optimizer).__name__} has no hook after its step")
-            self._handles.append(optimizer.register_step_post_hook(partial(self._stepped, trainer)))
+        remove(self._handles)
+        self._handles = hook_steps(trainer.optimizers, "OscillationFreezing", after=partial(self._stepped, trainer))
 
     @override
     def on_train_batch_end(
@@ -118,7 +116,7 @@ class OscillationFreezing(pl.Callback):
 
     @override
     def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
-        self._remove_hooks()
+        remove(self._handles)
         if stage == "fit":
             self._restored = self.state_dict()
             self._weights = {}
@@ -141,11 +139,6 @@ class OscillationFreezing(pl.Callback):
         for name, weight in self._weights.items():
             if id(weight.parameter) in own and weight.step(threshold):
                 rank_zero_info(f"OscillationFreezing: {name} starts anew on {weight.grid.label}")
-
-    def _remove_hooks(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
 
 
 @final
