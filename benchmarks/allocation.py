@@ -95,7 +95,7 @@ def text_loss(model: Any, batch: Any) -> torch.Tensor:
 
 
 TASKS = {
-    "text": Task(text_model, text_data, text_loss, 1200, 400, (4e-3, 2e-3), "val_loss"),
+    "text": Task(text_model, text_data, text_loss, 1200, 200, (4e-3, 2e-3), "val_loss"),
     "digits": Task(
         lambda rate: SequenceClassifier(hidden_size=32, num_layers=2, dropout=0.0, learning_rate=rate),
         lambda seed, steps: DigitsData(seed=seed),
@@ -138,7 +138,7 @@ def float_model(name: str, seed: int, folder: Path) -> tuple[L.LightningModule, 
     return module, stored["loss"]
 
 
-def compared(name: str, seed: int, model: L.LightningModule, recipe: Recipe) -> dict[str, float]:
+def compared(name: str, seed: int, model: L.LightningModule, recipe: Recipe, *, training: bool) -> dict[str, float]:
     """Return the losses of a recipe: after quantization alone, and after training with it; and its bits per weight."""
     task = TASKS[name]
     quantized = copy.deepcopy(model)
@@ -146,11 +146,13 @@ def compared(name: str, seed: int, model: L.LightningModule, recipe: Recipe) -> 
     rows = [row for row in report if row.decision == "quantized"]
     trained = task.model(task.rates[1])
     trained.load_state_dict(model.state_dict())
-    return {
+    found = {
         "post-training": loss_of(task, quantized, seed),
-        "trained": fit(task, trained, seed + 1000, task.steps, [QATCallback(recipe)]),
         "bits": sum(row.bits * row.numel for row in rows) / sum(row.numel for row in rows),
     }
+    if training:
+        found["trained"] = fit(task, trained, seed + 1000, task.steps, [QATCallback(recipe)])
+    return found
 
 
 def allocated(
@@ -235,18 +237,18 @@ def run(study: str, seeds: list[int], folder: Path) -> list[dict[str, Any]]:
             for seed in seeds:
                 model, _ = float_model(name, seed, folder)
                 recipe = variant(name, seed, model)
-                found.append(compared(name, seed, model, recipe))
+                found.append(compared(name, seed, model, recipe, training="Fisher" not in label))
+                print(name, bits, label, seed, found[-1], flush=True)
                 widths.append({rule.match: rule.spec.weight.grid.label for rule in recipe.rules})  # type: ignore[union-attr]
             first = first or {key: [each[key] for each in found] for key in found[0]}
             row["bits"] = statistics.fmean(each["bits"] for each in found)
-            for key in ("post-training", "trained"):
+            for key in sorted(found[0].keys() - {"bits"}):
                 values = [each[key] for each in found]
                 row[key] = summary(values)
                 row[f"{key}, paired"] = summary([a - b for a, b in zip(values, first[key], strict=True)])
                 row[f"{key}, losses"] = values
             row |= {"widths": widths, "cpu_seconds": time.process_time() - began}
             rows.append(row)
-            show([{key: value for key, value in row.items() if key in SHOWN}])
     return rows
 
 
