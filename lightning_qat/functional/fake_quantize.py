@@ -10,6 +10,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from lightning_qat.functional.gradients import number, within
 
+_LARGE: Final = 1 << 20  # elements from which on the forward works in pieces, too, on CPU
 _CHUNK: Final = 1 << 18  # elements that backward handles at a time on CPU: its temporaries stay in the cache
 
 
@@ -70,10 +71,6 @@ class Point:
         self.x, self.u, self.q, self.step, self.lo, self.hi = x, u, q, step, lo, hi
         self.rounding, self.temperature = rounding, temperature
 
-    def inside(self) -> Tensor:
-        """Return where u lies within the clip range lo..hi."""
-        return (self.u >= self.lo) & (self.u <= self.hi)
-
     def clip(self, values: Tensor, *, out: Tensor | None = None) -> Tensor:
         """Return values where u lies within the clip range, else 0, without a mask where masks are slow."""
         return within(values, self.u, self.lo, self.hi, out=out)
@@ -84,8 +81,11 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _units(x: Tensor, scale: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """Return x in units of the scale, NaN replaced by zero and infinities by the largest finite numbers."""
-    return torch.nan_to_num_(torch.div(_wide(x), scale, out=out))
+    """Return x in units of the scale, NaN replaced by zero; infinities by the largest finite numbers, or not."""
+    u = torch.div(_wide(x), scale, out=out)
+    if torch.compiler.is_compiling():  # compiled for CPUs, nan_to_num() looks at one number at a time
+        return torch.where(u == u, u, 0.0)
+    return torch.nan_to_num_(u)
 
 
 def _levels_(
@@ -166,9 +166,34 @@ class Setting:
         """Return :func:`quantize` of x."""
         return quantize(x, self.scale, self.zero_point, lo=self.lo, hi=self.hi, rounding=self.rounding)
 
+    def fake_quantized(self, x: Tensor) -> Tensor:
+        """Return what the nearest levels of x stand for, in the dtype of x."""
+        small = x.numel() <= _LARGE or x.device.type != "cpu" or torch.compiler.is_compiling()
+        if small or x.dtype != self.scale.dtype:
+            return self.values(self.levels(x), x.dtype)
+        out = torch.empty_like(x)
+        for part, rows in self._parts(x, _LARGE):
+            u = _units(x[rows], part.scale, out=out[rows])
+            levels = _levels_(u, part.zero_point, lo=self.lo, hi=self.hi, rounding=self.rounding)
+            dequantize_(levels, part.scale, part.zero_point)
+        return out
+
     def values(self, levels: Tensor, dtype: torch.dtype) -> Tensor:
         """Return what levels stand for, in the dtype of the latent values; the levels are overwritten."""
         return narrow(dequantize_(levels, self.scale, self.zero_point), dtype)
+
+    def not_before(self, grad: Tensor) -> "Setting":
+        """Return the same for use in backward, where a compiler waits with it until the gradient is there.
+
+        What does not depend on a gradient the partitioner of torch.compile computes in the forward, and keeps: what is
+        to be computed anew. So the scale waits for one number of the gradient, times zero as an integer, which is exact
+        for every number, infinity and NaN.
+        """
+        if not torch.compiler.is_compiling():
+            return self
+        bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[grad.element_size()]
+        zero = (grad.reshape(-1)[:1].view(bits) & 0).sum()
+        return replace(self, scale=self.scale + zero)
 
     def gradients(self, grad: Tensor, x: Tensor, needs: tuple[bool, bool, bool]) -> tuple[Tensor | None, ...]:
         """Return the gradients with respect to x, scale and temperature, each or None where it is not needed.
@@ -182,7 +207,7 @@ class Setting:
         sums = torch.zeros_like(self.scale) if needs[1] and self.learned else None
         total = torch.zeros_like(self.temperature) if needs[2] and self.temperature is not None else None
         scratch = _Scratch()
-        for part, rows in self._parts(x):
+        for part, rows in self._parts(x, _CHUNK):
             scratch.begin(shared=rows is not ...)
             wide, point = _wide(grad[rows]), part._point(x[rows], scratch)
             if out is not None:
@@ -216,9 +241,9 @@ class Setting:
         u = u if self.zero_point is None else u.add_(self.zero_point)
         return Point(wide, u, q, self.scale, self.lo, self.hi, self.rounding, self.temperature)
 
-    def _parts(self, x: Tensor) -> Iterator[tuple["Setting", Any]]:
+    def _parts(self, x: Tensor, size: int) -> Iterator[tuple["Setting", Any]]:
         """Split along the first dimension where temporaries of the whole size would be slow: on CPU, in eager mode."""
-        num_rows = max(1, _CHUNK * x.shape[0] // max(1, x.numel())) if x.dim() else 1
+        num_rows = max(1, size * x.shape[0] // max(1, x.numel())) if x.dim() else 1
         if x.device.type != "cpu" or torch.compiler.is_compiling() or x.dim() == 0 or num_rows >= x.shape[0]:
             yield self, ...
             return
@@ -259,7 +284,7 @@ class _FakeQuantize(torch.autograd.Function):
         rounding: Rounding, rule: GradientRule, learned: bool,
     ) -> Tensor:  # fmt: skip
         setting = Setting(scale, zero_point, temperature, lo, hi, rounding, rule, learned)
-        return setting.values(setting.levels(x), x.dtype)
+        return setting.fake_quantized(x)
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -278,7 +303,7 @@ class _FakeQuantize(torch.autograd.Function):
         x, scale, zero_point, temperature, lo, hi = ctx.saved_tensors
         needs = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]
         setting = Setting(scale, zero_point, temperature, lo, hi, ctx.rounding, ctx.rule, ctx.learned)
-        grad_x, grad_scale, grad_temperature = setting.gradients(grad, x, needs)
+        grad_x, grad_scale, grad_temperature = setting.not_before(grad).gradients(grad, x, needs)
         return (grad_x, grad_scale, None, grad_temperature, *(None,) * 5)
 
 

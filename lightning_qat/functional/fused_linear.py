@@ -1,6 +1,6 @@
 """A linear layer with quantized weight and input as one function that keeps little for backward."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -103,8 +103,8 @@ class _FusedLinear(torch.autograd.Function):
         kept, weight, *tensors = ctx.saved_tensors
         plan: Plan = ctx.plan
         grad = grad.to(plan.dtype)
-        of_weight = _not_before(grad, _setting(tuple(tensors[:5]), plan.weight))
-        of_input = None if plan.input is None else _not_before(grad, _setting(tuple(tensors[5:10]), plan.input))
+        of_weight = _setting(tuple(tensors[:5]), plan.weight).not_before(grad)
+        of_input = None if plan.input is None else _setting(tuple(tensors[5:10]), plan.input).not_before(grad)
         known = _known(tuple(tensors), plan)
         grad_x, *from_input = _input_gradients(ctx, grad, kept, weight, of_weight, of_input, known)
         grad_weight, *from_weight = _weight_gradients(ctx, grad, kept, weight, of_weight, of_input)
@@ -155,9 +155,9 @@ def quantized_weight(weight: Tensor, of_weight: Setting, *, integer: bool, dtype
         integer: codes for integer products; those of half-integer grids are twice as large as their levels.
         dtype: of the values.
     """
-    levels = of_weight.levels(weight)
     if not integer:
-        return of_weight.values(levels, weight.dtype).flatten(1).to(dtype)
+        return of_weight.fake_quantized(weight).flatten(1).to(dtype)
+    levels = of_weight.levels(weight)
     return (levels.mul_(2.0) if of_weight.rounding.offset else levels).to(torch.int8)
 
 
@@ -165,20 +165,6 @@ def _known(tensors: _Tensors, plan: Plan) -> Tensor | None:
     """Return the quantized weight where it was given, after the tensors of the settings."""
     number = 5 if plan.input is None else 10
     return tensors[number] if len(tensors) > number else None
-
-
-def _not_before(grad: Tensor, setting: Setting) -> Setting:
-    """Let a compiler quantize in backward once the gradient is there.
-
-    What does not depend on a gradient the partitioner of torch.compile computes in the forward, and keeps: the
-    quantized weight that is to be computed anew. So the scale waits for one number of the gradient, times zero as an
-    integer, which is exact for every number, infinity and NaN.
-    """
-    if not torch.compiler.is_compiling():
-        return setting
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[grad.element_size()]
-    zero = (grad.reshape(-1)[:1].view(bits) & 0).sum()
-    return replace(setting, scale=setting.scale + zero)
 
 
 def _cast(bias: Tensor | None, plan: Plan) -> Tensor | None:

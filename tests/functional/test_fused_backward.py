@@ -51,6 +51,20 @@ def test_learned_scale_gradient_in_pieces(shape: tuple[int, int], chunk: int, mo
 
 
 @pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(), PerGroup(4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_forward_in_pieces(
+    granularity: PerTensor | PerChannel | PerGroup, dtype: torch.dtype, symmetric: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantizer = FakeQuantizer(QuantizerSpec(Int(3, symmetric=symmetric), granularity, AbsMax()), (10, 8))
+    x = torch.randn(8, 10).to(dtype).t()  # not contiguous
+    x[3, 5], x[4, 1] = torch.nan, torch.inf
+    whole = quantizer(x)
+    monkeypatch.setattr(implementation, "_LARGE", 17)
+    assert torch.equal(quantizer(x), whole)
+
+
+@pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(), PerGroup(4)])
 @pytest.mark.parametrize("gradient", [Clipped(), Clipped(0.7), ElementwiseScaling(0.3), LearnedSoft(0.4)])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_pieces_add_up(
