@@ -1,11 +1,14 @@
 """The models that speed and memory are measured on, and their training step. Random data, random weights."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from lightning_qat import accumulation_window
 
 
 @dataclass(frozen=True)
@@ -102,16 +105,23 @@ class Model(nn.Module):
 def training_step(
     model: nn.Module, batches: list[Tensor], precision: str, forward: Callable[[Tensor], Tensor] | None = None
 ) -> Callable[[], None]:
-    """Return a function that runs one optimizer step (SGD, the cheapest: it hides nothing) over micro-batches."""
+    """Return a function that runs one optimizer step (SGD, the cheapest: it hides nothing) over micro-batches.
+
+    Several micro-batches share what an accumulation window keeps, as they do with QATCallback.
+    """
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
     device, run = batches[0].device.type, forward or model
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
+        with accumulation_window(model) if len(batches) > 1 else nullcontext():
+            backward()
+        optimizer.step()
+
+    def backward() -> None:
         for batch in batches:
             with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16-mixed"):
                 loss = run(batch)
             (loss / len(batches)).backward()
-        optimizer.step()
 
     return step

@@ -107,6 +107,19 @@ def _brevitas(*, inputs: bool) -> Build:
     return build
 
 
+def _modelopt(config: str) -> Build:
+    def build(model: nn.Module) -> nn.Module:
+        import modelopt.torch.quantization as mtq
+
+        chosen = getattr(mtq, config)
+        chosen = chosen | {"quant_cfg": [*chosen["quant_cfg"], {"quantizer_name": "head.*", "enable": False}]}
+        batch = model.example(next(model.parameters()).device.type)
+        mtq.quantize(model, chosen, lambda quantized: quantized(batch))
+        return model
+
+    return build
+
+
 def variants() -> dict[str, Build]:
     """Return what can be measured here, by name; ``float`` first."""
     found: dict[str, Build] = {
@@ -127,4 +140,7 @@ def variants() -> dict[str, Build]:
         found |= {"torchao int4 group 32": _torchao(inputs=False), "torchao 8da4w": _torchao(inputs=True)}
     if importlib.util.find_spec("brevitas"):
         found |= {"brevitas int4": _brevitas(inputs=False), "brevitas w4a8": _brevitas(inputs=True)}
+    if importlib.util.find_spec("modelopt"):
+        found["modelopt int4 group 128"] = _modelopt("INT4_BLOCKWISE_WEIGHT_ONLY_CFG")
+        found["modelopt w8a8"] = _modelopt("INT8_DEFAULT_CFG")
     return found
