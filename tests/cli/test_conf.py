@@ -5,14 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 
-from lightning_qat import QATCallback, recipes
+from lightning_qat import QATCallback, ReasoningMatch, recipes
+from lightning_qat.callbacks import BatchMask, TargetMask
 from lightning_qat.cli.build import build
 from lightning_qat.data import DigitsData
+from lightning_qat.losses import ReasoningWeights, target_mask
 from tests.cli.conftest import Compose
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -94,3 +97,32 @@ def test_sweep_files(compose_job: Compose) -> None:
         for key, values in node.hydra.sweeper.params.items():
             for value in str(values).split(","):
                 compose_job(f"{key}={value}")
+
+
+@pytest.mark.parametrize("callbacks", ["[full,reasoning]", "[default,reasoning]"])
+def test_reasoning_joins_a_teacher_or_brings_one(callbacks: str, compose_job: Compose) -> None:
+    preset = "callbacks.distillation.reasoning.weights.name=mathematics"
+    built = build(compose_job("data=arithmetic", f"callbacks={callbacks}", preset).callbacks)["distillation"]
+    assert built.mask == TargetMask()
+    assert built.reasoning == ReasoningMatch(
+        "backbone.norm",
+        boundaries=BatchMask("step_mask"),
+        answer=BatchMask("answer_mask"),
+        weights=ReasoningWeights.mathematics(),
+    )
+
+
+def test_boundaries_from_a_delimiter_or_a_function(compose_job: Compose) -> None:
+    prefix = "callbacks.distillation.reasoning"
+    token = "{_target_:lightning_qat.callbacks.DelimiterMask,delimiter:15}"
+    kinds = "{_target_:lightning_qat.callbacks.KindWeights,kinds:{15:1}}"
+    cfg = compose_job("data=arithmetic", "callbacks=[full,reasoning]", f"~{prefix}.boundaries",
+                      f"+{prefix}.boundaries={token}", f"{prefix}.step_weights={kinds}")  # fmt: skip
+    reasoning = build(cfg.callbacks)["distillation"].reasoning
+    batch = {"tokens": torch.tensor([[3, 15]])}
+    assert reasoning.boundaries(batch).tolist() == [[False, True]]
+    assert reasoning.step_weights(batch).tolist() == [[1.0, 1.5]]
+    function = "{_target_:hydra.utils.get_method,path:lightning_qat.losses.target_mask}"
+    cfg = compose_job("data=arithmetic", "callbacks=[full,reasoning]", f"~{prefix}.boundaries",
+                      f"+{prefix}.boundaries={function}")  # fmt: skip
+    assert build(cfg.callbacks)["distillation"].reasoning.boundaries is target_mask
