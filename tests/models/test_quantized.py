@@ -66,6 +66,59 @@ def test_no_output_depends_on_a_later_input(kind: str, quantize: str) -> None:
     assert (before[:, 4:] != after[:, 4:]).any()
 
 
+@pytest.mark.parametrize("quantize", ["ternary", "binary"])
+def test_bitnet_with_normalized_inputs_trains_and_stays_causal(quantize: str) -> None:
+    model = BitNet(5, quantize=quantize, normalize=Normalize(), **SIZES)  # type: ignore[arg-type]
+    x = torch.randn(2, 7, 5, requires_grad=True)
+    model.features(x)[:, 3].square().sum().backward()
+    assert x.grad is not None
+    assert not x.grad[:, 4:].any()
+    assert all(x.grad[:, step].any() for step in range(4))
+    for name, parameter in model.named_parameters():
+        assert name not in BLOCK_LAYERS or (parameter.grad is not None and parameter.grad.any())
+
+
+@pytest.mark.parametrize("kind", ["transformer", "bitnet"])
+@pytest.mark.parametrize("step", range(6))
+def test_gradients_reach_earlier_inputs_only(kind: str, step: int) -> None:
+    model = build(kind, "ternary")
+    x = torch.randn(2, 7, 5, requires_grad=True)
+    model.features(x)[:, step].square().sum().backward()
+    assert x.grad is not None
+    assert not x.grad[:, step + 1 :].any()
+    assert x.grad[:, : step + 1].flatten(2).any(-1).all()
+
+
+@pytest.mark.parametrize(("kind", "quantize"), EVERY_MODE)
+@pytest.mark.parametrize(("embed_dim", "num_steps"), [(5, 7), (5, 1), (16, 3)])
+def test_shapes_of_the_description(kind: str, quantize: str, embed_dim: int, num_steps: int) -> None:
+    """[batch, seq_len, embed_dim] -> the last step [batch, hidden_size], which is the last of all steps' features."""
+    model = build(kind, quantize, embed_dim).eval()
+    x = torch.randn(3, num_steps, embed_dim)
+    assert model.features(x).shape == (3, num_steps, 16)
+    assert torch.equal(model(x), model.features(x)[:, -1])
+    assert isinstance(model.input_projection, nn.Identity) == (embed_dim == 16)
+
+
+LEARNED = frozenset({"ternary", "binary", "int2", "int3", "int4", "seq2", "w4a8", "piq2", "piq3"})
+"""Recipes of which every output channel of a quantized layer has a learned scale."""
+
+
+@pytest.mark.parametrize(("kind", "quantize"), EVERY_MODE)
+@pytest.mark.parametrize("embed_dim", [5, 16])
+def test_number_of_parameters(kind: str, quantize: str, embed_dim: int) -> None:
+    """QKV, out, up, down with biases, two norms for each block; projection, positions, last norm; learned scales."""
+    hidden, layers, window = 16, 2, 7
+    projection = 0 if embed_dim == hidden else (embed_dim + 1) * hidden
+    attention = (hidden + 1) * 3 * hidden + (hidden + 1) * hidden
+    feedforward = (hidden + 1) * 4 * hidden + (4 * hidden + 1) * hidden
+    expected = projection + window * hidden + layers * (attention + feedforward + 2 * 2 * hidden) + 2 * hidden
+    channels = layers * (3 * hidden + hidden + 4 * hidden + hidden)
+    learned = channels if kind == "transformer" and quantize in LEARNED else 0  # BitNet's scales are computed
+    model = build(kind, quantize, embed_dim)
+    assert sum(parameter.numel() for parameter in model.parameters()) == expected + learned
+
+
 @pytest.mark.parametrize(("kind", "quantize"), [("transformer", "int4"), ("bitnet", "ternary")])
 def test_the_blocks_are_quantized_and_nothing_else(kind: str, quantize: str) -> None:
     model = build(kind, quantize)
