@@ -10,7 +10,8 @@ from torch import Tensor
 from lightning_qat.functional.scaling import Sample
 
 _BINS: Final = 4096
-_CHUNK: Final = 1 << 22  # values counted at a time: their indices take 8 bytes each
+_CHUNK: Final = 1 << 18  # values counted at a time on CPU: their indices then stay in the cache
+_ACCELERATOR_CHUNK: Final = 1 << 24
 _LEAST_EXPONENT: Final = -99  # the range where every value is zero; scales are never smaller
 
 
@@ -35,25 +36,27 @@ class Observer:
     def update(self, x: Tensor) -> None:
         """Count the finite values of a batch."""
         values = x.detach().float().flatten()
-        values = values[torch.isfinite(values)]
         if values.numel() == 0:
             return
-        minimum, maximum = (float(v) for v in torch.aminmax(values))
+        minimum, maximum = float(values.amin()), float(values.amax())
+        if not (math.isfinite(minimum) and math.isfinite(maximum)):  # rare, and slow: aminmax() and masks are, too
+            return self.update(values[torch.isfinite(values)])
         amax = max(-minimum, maximum)
         self.minimum, self.maximum = min(self.minimum, minimum), max(self.maximum, maximum)
         self.num_batches += 1
         past = self.average_amax if self.num_batches > 1 else amax
         self.average_amax = self.momentum * past + (1 - self.momentum) * amax
         self._widen(max(math.frexp(amax)[1], _LEAST_EXPONENT) if amax > 0 else _LEAST_EXPONENT)
-        for part in values.split(_CHUNK):
+        for part in values.split(_CHUNK if values.device.type == "cpu" else _ACCELERATOR_CHUNK):
             self.counts += self._count(part)
+        return None
 
     def _count(self, values: Tensor) -> Tensor:
         """Count values per bin, exactly: torch.histc rounds at the borders of bins and stops counting at 2**24."""
         assert self.exponent is not None  # noqa: S101 - set by _widen
         bins_per_unit = math.ldexp(_BINS / 2, -self.exponent)
-        index = torch.floor(values * bins_per_unit).long() + _BINS // 2
-        return torch.bincount(index, minlength=_BINS).double().cpu()
+        index = (values * bins_per_unit).floor_().add_(_BINS // 2)  # small integers, exact as floats
+        return torch.bincount(index.to(torch.int16), minlength=_BINS).double().cpu()
 
     def _widen(self, exponent: int) -> None:
         """Merge pairs of bins around the center until the range is 2**exponent."""
