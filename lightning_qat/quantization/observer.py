@@ -40,7 +40,8 @@ class Observer:
             return
         minimum, maximum = float(values.amin()), float(values.amax())
         if not (math.isfinite(minimum) and math.isfinite(maximum)):  # rare, and slow: aminmax() and masks are, too
-            return self.update(values[torch.isfinite(values)])
+            self.update(values[torch.isfinite(values)])
+            return
         amax = max(-minimum, maximum)
         self.minimum, self.maximum = min(self.minimum, minimum), max(self.maximum, maximum)
         self.num_batches += 1
@@ -49,7 +50,6 @@ class Observer:
         self._widen(max(math.frexp(amax)[1], _LEAST_EXPONENT) if amax > 0 else _LEAST_EXPONENT)
         for part in values.split(_CHUNK if values.device.type == "cpu" else _ACCELERATOR_CHUNK):
             self.counts += self._count(part)
-        return None
 
     def _count(self, values: Tensor) -> Tensor:
         """Count values per bin, exactly: torch.histc rounds at the borders of bins and stops counting at 2**24."""
