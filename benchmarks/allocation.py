@@ -1,17 +1,16 @@
 """What bits per layer from data are worth against the same width everywhere, and what a Hadamard rotation is at 2 bits.
 
-    python -m benchmarks.allocation --study allocation --output benchmarks/allocation.json
-    python -m benchmarks.allocation --study hadamard --output benchmarks/hadamard.json
+    python -m benchmarks.allocation --output benchmarks/allocation.json
 
 Models: a language model of bytes (hidden size 64, 3 layers, context 64) on the documentation that ships with Python,
 and a transformer on handwritten digits (hidden size 32, 2 layers). Figures are losses in nats of data not trained on
-(validation data of the text, test data of the digits), after quantization alone and after training with it from the
-float weights; mean and standard error over the seeds, and paired differences to the first row. Each seed has its own
-initial weights, order of the data and float model.
+(50 batches of the text's validation data, the test data of the digits), after quantization alone and after training
+with it from the float weights; mean and standard error over the seeds, and paired differences to the first row. Each
+seed has its own initial weights, order of the data and float model. What was measured is kept in the folder --cache;
+a run that was stopped goes on from there.
 """
 
 import argparse
-import copy
 import itertools
 import json
 import logging
@@ -47,7 +46,7 @@ from lightning_qat.conversion.sensitivity import Sensitivity
 from lightning_qat.data import DigitsData, TextData
 from lightning_qat.models import LanguageModel, SequenceClassifier
 
-NUM_BATCHES = 8
+NUM_BATCHES = 4
 UNIFORM = {2: recipes.int2(), 3: recipes.int3()}
 WIDTHS = (1, 2, 3, 4, recipes.int8())
 WITH_TERNARY = (1, Ternary(), 2, 3, 4, recipes.int8())
@@ -95,7 +94,7 @@ def text_loss(model: Any, batch: Any) -> torch.Tensor:
 
 
 TASKS = {
-    "text": Task(text_model, text_data, text_loss, 1200, 200, (4e-3, 2e-3), "val_loss"),
+    "text": Task(text_model, text_data, text_loss, 1200, 100, (4e-3, 2e-3), "val_loss"),
     "digits": Task(
         lambda rate: SequenceClassifier(hidden_size=32, num_layers=2, dropout=0.0, learning_rate=rate),
         lambda seed, steps: DigitsData(seed=seed),
@@ -108,51 +107,57 @@ TASKS = {
 }
 
 
-def fit(task: Task, module: L.LightningModule, seed: int, steps: int, callbacks: list[Any]) -> float:
-    """Train and return the loss."""
+def fit(task: Task, module: L.LightningModule, seed: int, steps: int, callbacks: list[Any]) -> None:
+    """Train."""
     trainer = L.Trainer(
         max_steps=steps, max_epochs=-1, accelerator="cpu", callbacks=callbacks, logger=False, gradient_clip_val=1.0,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
     )  # fmt: skip
     trainer.fit(module, datamodule=task.data(seed, steps))
-    return loss_of(task, module, seed)
 
 
 def loss_of(task: Task, module: L.LightningModule, seed: int) -> float:
     """Return the loss of a model as it is."""
-    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    trainer = L.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, limit_val_batches=50
+    )
     run = trainer.validate if task.metric.startswith("val") else trainer.test
     return float(run(module, datamodule=task.data(seed, 1), verbose=False)[0][task.metric])
 
 
-def float_model(name: str, seed: int, folder: Path) -> tuple[L.LightningModule, float]:
-    """Return the float model of a seed and its loss; trained at the first call."""
+def float_model(name: str, seed: int, folder: Path) -> L.LightningModule:
+    """Return the float model of a seed; trained at the first call."""
     task, path = TASKS[name], folder / f"{name}{seed}.pt"
     L.seed_everything(seed, verbose=False)
     module = task.model(task.rates[0])
     if not path.is_file():
-        loss = fit(task, module, seed, task.float_steps, [])
-        torch.save({"state_dict": module.state_dict(), "loss": loss}, path)
-    stored = torch.load(path, weights_only=True)
-    module.load_state_dict(stored["state_dict"])
-    return module, stored["loss"]
+        fit(task, module, seed, task.float_steps, [])
+        torch.save({"state_dict": module.state_dict()}, path)
+    module.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
+    return module
 
 
-def compared(name: str, seed: int, model: L.LightningModule, recipe: Recipe, *, training: bool) -> dict[str, float]:
-    """Return the losses of a recipe: after quantization alone, and after training with it; and its bits per weight."""
-    task = TASKS[name]
-    quantized = copy.deepcopy(model)
-    report = prepare(quantized, recipe)
-    rows = [row for row in report if row.decision == "quantized"]
-    trained = task.model(task.rates[1])
-    trained.load_state_dict(model.state_dict())
-    found = {
-        "post-training": loss_of(task, quantized, seed),
+def after_quantization(name: str, seed: int, folder: Path, variant: "Variant") -> dict[str, Any]:
+    """Return the recipe of a variant, its bits per weight, and the loss without training."""
+    model = float_model(name, seed, folder)
+    recipe = variant(name, seed, model)
+    if recipe is None:
+        return {"loss": loss_of(TASKS[name], model, seed), "bits": 32.0}
+    rows = [row for row in prepare(model, recipe) if row.decision == "quantized"]
+    return {
+        "loss": loss_of(TASKS[name], model, seed),
         "bits": sum(row.bits * row.numel for row in rows) / sum(row.numel for row in rows),
+        "recipe": recipe.to_dict(),
     }
-    if training:
-        found["trained"] = fit(task, trained, seed + 1000, task.steps, [QATCallback(recipe)])
-    return found
+
+
+def after_training(name: str, seed: int, folder: Path, recipe: Recipe) -> dict[str, Any]:
+    """Return the loss after training with a recipe, from the float weights."""
+    task = TASKS[name]
+    trained = task.model(task.rates[1])
+    trained.load_state_dict(float_model(name, seed, folder).state_dict())
+    fit(task, trained, seed + 1000, task.steps, [QATCallback(recipe)])
+    return {"loss": loss_of(task, trained, seed)}
 
 
 def allocated(
@@ -175,12 +180,12 @@ def inputs(name: str, module: Any, batch: Any) -> torch.Tensor:
     return tensor
 
 
-Variant = Callable[[str, int, L.LightningModule], Recipe]
+Variant = Callable[[str, int, L.LightningModule], Recipe | None]
 
 
 def allocation_study() -> dict[tuple[str, str], dict[str, Variant]]:
     """Return the same width everywhere against widths from data, by task and average bits."""
-    found: dict[tuple[str, str], dict[str, Variant]] = {}
+    found: dict[tuple[str, str], dict[str, Variant]] = {(name, "float"): {"float": lambda *_: None} for name in TASKS}
     for name, bits in itertools.product(TASKS, (3, 2)):
         variants: dict[str, Variant] = {"the same width everywhere": lambda *_, bits=bits: UNIFORM[bits]}
         for label, candidates, sensitivity in (
@@ -213,10 +218,7 @@ def hadamard_study() -> dict[tuple[str, str], dict[str, Variant]]:
     for label, recipe in grids.items():
         variants[label] = lambda *_, recipe=recipe: recipe
         variants[f"{label}, rotated"] = lambda *_, recipe=recipe: rotated(recipe)
-    return {("text", "2 bits"): variants}
-
-
-STUDIES = {"allocation": allocation_study, "hadamard": hadamard_study}
+    return {("text", "2 bits, rotation"): variants}
 
 
 def summary(values: list[float]) -> str:
@@ -225,66 +227,80 @@ def summary(values: list[float]) -> str:
     return f"{statistics.fmean(values):.4f} +- {error:.4f}"
 
 
-def run(study: str, seeds: list[int], folder: Path) -> list[dict[str, Any]]:
-    """Carry a study out, and return a row per variant."""
+def measure(seeds: list[int], folder: Path) -> dict[str, dict[str, Any]]:
+    """Measure what is not known yet, losses without training first; return all of it."""
+    path = folder / "results.json"
+    known: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
+    variants = [
+        (name, budget, label, variant)
+        for (name, budget), group in {**allocation_study(), **hadamard_study()}.items()
+        for label, variant in group.items()
+    ]
+    for phase, seed, (name, budget, label, variant) in itertools.product(PHASES, seeds, variants):
+        key = f"{phase}; {name}; {budget}; {label}; {seed}"
+        if key in known or (phase == "trained" and (budget == "float" or "Fisher" in label)):
+            continue
+        began = time.process_time()
+        if phase == "trained":
+            recipe = Recipe.from_dict(known[key.replace(phase, PHASES[0], 1)]["recipe"])
+            known[key] = after_training(name, seed, folder, recipe)
+        else:
+            known[key] = after_quantization(name, seed, folder, variant)
+        known[key]["cpu_seconds"] = time.process_time() - began
+        print(f"{key}: {known[key]['loss']:.4f}, {known[key]['cpu_seconds']:.0f} s", flush=True)
+        path.write_text(json.dumps(known))
+    return known
+
+
+def table(known: dict[str, dict[str, Any]], seeds: list[int]) -> list[dict[str, Any]]:
+    """Return a row per variant, with differences to the first of its task and budget."""
     rows: list[dict[str, Any]] = []
-    for (name, bits), variants in STUDIES[study]().items():
-        first: dict[str, Any] = {}
-        for label, variant in variants.items():
-            began = time.process_time()
-            row: dict[str, Any] = {"task": name, "budget": bits, "variant": label}
-            found, widths = [], []
-            for seed in seeds:
-                model, _ = float_model(name, seed, folder)
-                recipe = variant(name, seed, model)
-                found.append(compared(name, seed, model, recipe, training="Fisher" not in label))
-                print(name, bits, label, seed, found[-1], flush=True)
-                widths.append({rule.match: rule.spec.weight.grid.label for rule in recipe.rules})  # type: ignore[union-attr]
-            first = first or {key: [each[key] for each in found] for key in found[0]}
-            row["bits"] = statistics.fmean(each["bits"] for each in found)
-            for key in sorted(found[0].keys() - {"bits"}):
-                values = [each[key] for each in found]
-                row[key] = summary(values)
-                row[f"{key}, paired"] = summary([a - b for a, b in zip(values, first[key], strict=True)])
-                row[f"{key}, losses"] = values
-            row |= {"widths": widths, "cpu_seconds": time.process_time() - began}
+    first: dict[tuple[str, str], list[float]] = {}
+    for (name, budget), group in {**allocation_study(), **hadamard_study()}.items():
+        for label in group:
+            row: dict[str, Any] = {"task": name, "budget": budget, "variant": label}
+            for phase in PHASES:
+                found = [known.get(f"{phase}; {name}; {budget}; {label}; {seed}") for seed in seeds]
+                losses = [each["loss"] for each in found if each is not None]
+                if len(losses) < len(seeds):
+                    continue
+                base = first.setdefault((f"{name} {budget}", phase), losses)
+                row[phase] = summary(losses)
+                row[f"{phase}, paired"] = summary([a - b for a, b in zip(losses, base, strict=True)])
+                row[f"{phase}, losses"] = losses
+                if phase == PHASES[0]:
+                    row["bits"] = statistics.fmean(each["bits"] for each in found if each is not None)
+                    row["widths"] = [widths(each["recipe"]) for each in found if each and "recipe" in each]
             rows.append(row)
     return rows
 
 
-SHOWN = (
-    "task",
-    "budget",
-    "variant",
-    "bits",
-    "post-training",
-    "post-training, paired",
-    "trained",
-    "trained, paired",
-    "cpu_seconds",
-)
+def widths(recipe: dict[str, Any]) -> dict[str, str]:
+    """Return the grid of each rule."""
+    rules = Recipe.from_dict(recipe).rules
+    return {rule.match: rule.spec.weight.grid.label for rule in rules if rule.spec and rule.spec.weight}
+
+
+PHASES = ("post-training", "trained")
+SHOWN = ("task", "budget", "variant", "bits", *(f"{phase}{more}" for phase in PHASES for more in ("", ", paired")))
 
 
 def main() -> None:
-    """Run a study, print a table and write the figures."""
+    """Measure, print a table and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--study", choices=sorted(STUDIES), required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output", type=Path, help="JSON file to write")
-    parser.add_argument("--cache", type=Path, default=Path("outputs/allocation"), help="folder of the float models")
+    parser.add_argument("--cache", type=Path, default=Path("outputs/allocation"), help="folder of models and results")
     arguments = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     arguments.cache.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    rows = run(arguments.study, arguments.seeds, arguments.cache)
-    show([{key: value for key, value in row.items() if key in SHOWN} for row in rows])
-    losses = {name: [float_model(name, seed, arguments.cache)[1] for seed in arguments.seeds] for name in TASKS}
+    rows = table(measure(arguments.seeds, arguments.cache), arguments.seeds)
+    show([{key: row[key] for key in SHOWN if key in row} for row in rows])
     if arguments.output:
-        settings = {"seeds": arguments.seeds, "study": arguments.study, "float": losses}
-        arguments.output.write_text(
-            json.dumps({"machine": machine(), "settings": settings, "rows": rows}, indent=1) + "\n"
-        )
+        content = {"machine": machine(), "settings": {"seeds": arguments.seeds}, "rows": rows}
+        arguments.output.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

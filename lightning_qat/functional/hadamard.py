@@ -46,8 +46,9 @@ def random_signs(size: int, seed: int) -> Tensor:
 def hadamard_rotate(x: Tensor, signs: Tensor) -> Tensor:
     r"""Rotate the last dimension by an orthogonal randomized Hadamard matrix R, computed in float32 or wider.
 
-    Any size works: the dimension is split into blocks of powers of two, each rotated by :math:`H D / \sqrt{n}`.
-    For a linear layer, :math:`(x R) (W R)^T = x W^T`.
+    Any size works: the dimension is split into blocks of powers of two, each rotated by :math:`H D / \sqrt{n}`, in
+    O(n log n). Features mix within their block alone: an odd size leaves the last one as it is, but for its sign. For a
+    linear layer, :math:`(x R) (W R)^T = x W^T`.
 
     Args:
         x: [..., n].

@@ -11,7 +11,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 
-from lightning_qat import Calibration, ProgressiveBitWidth, QATCallback, prepare
+from lightning_qat import BitAllocation, Calibration, ProgressiveBitWidth, QATCallback, prepare
 from tests.callbacks._models import LEARNED_INPUTS, Net, fake_quantizers, loader, state
 
 OPTIONS: dict[str, Any] = {
@@ -52,6 +52,15 @@ def ddp(folder: Path) -> None:
     trainer.save_checkpoint(folder / "run.ckpt")
     torch.save(calibration.samples, folder / f"samples{trainer.global_rank}.pt")
     assert trainer.test(model, loader(8), verbose=False)
+
+
+def bits(folder: Path) -> None:
+    """Widths from the data of both processes."""
+    callback = BitAllocation(3.0, num_batches=2)
+    trainer = pl.Trainer(strategy="ddp", callbacks=[QATCallback(), callback, Watch(folder)], **OPTIONS)
+    trainer.fit(Net(), loader())
+    assert callback.allocation is not None
+    callback.allocation.save(folder / f"bits{trainer.global_rank}.json")
 
 
 def fork(folder: Path) -> None:
@@ -106,4 +115,4 @@ def shard(folder: Path) -> None:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    {"ddp": ddp, "fork": fork, "shard": shard}[sys.argv[1]](Path(sys.argv[2]))
+    {"ddp": ddp, "bits": bits, "fork": fork, "shard": shard}[sys.argv[1]](Path(sys.argv[2]))

@@ -3,6 +3,9 @@
 import copy
 import csv
 import itertools
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -213,6 +216,21 @@ def test_averages_get_the_grids() -> None:
     fit(model, QATCallback(), average, BitAllocation(2.5, (Ternary(), 2, 4)), max_epochs=1)
     present = {q.grid.label for q in fake_quantizers(average._average_model).values()}
     assert present == set(grids(model).values())
+
+
+def test_two_processes_choose_alike_from_the_data_of_both(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PL_", "LOCAL_RANK"))}
+    command = [sys.executable, "-m", "tests.callbacks._two_processes", "bits", str(tmp_path)]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=250, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (Allocation.load(tmp_path / f"bits{rank}.json") for rank in range(2))
+    assert first == second
+    assert first.chosen == allocated().chosen
+    torch.testing.assert_close(torch.tensor(first.sensitivities), torch.tensor(allocated().sensitivities))
+    for when in ("start", "end"):
+        states = [torch.load(tmp_path / f"{when}{rank}.pt", weights_only=True) for rank in range(2)]
+        assert_equal_states(*states)
 
 
 # --- what it shows ---------------------------------------------------------------------------------------------------

@@ -1,7 +1,10 @@
 """Hadamard rotation: orthogonal, exact where integers allow it, reproducible."""
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_qat.functional import hadamard_rotate, hadamard_unrotate, random_signs, walsh_hadamard
 from lightning_qat.functional.hadamard import power_of_two_blocks
@@ -22,6 +25,37 @@ def test_matrix_times_its_transpose(size: int) -> None:
     matrix = walsh_hadamard(torch.eye(size))
     assert torch.equal(matrix @ matrix.T, size * torch.eye(size))
     assert torch.equal(walsh_hadamard(walsh_hadamard(torch.eye(size))), size * torch.eye(size))
+
+
+@pytest.mark.parametrize("size", [2**18, 2**18 - 1])
+def test_a_large_dimension_does_not_need_the_matrix(size: int) -> None:
+    """The matrix would take 256 GiB; n log n takes a moment. Ones become one number per block."""
+    if size == 2**18:
+        expected = torch.zeros(size)
+        expected[0] = size
+        assert torch.equal(walsh_hadamard(torch.ones(size)), expected)
+    x, signs = torch.ones(1, size), random_signs(size, 0)
+    rotated = hadamard_rotate(x, signs)
+    torch.testing.assert_close(hadamard_unrotate(rotated, signs), x, rtol=1e-5, atol=1e-5)
+    assert float(rotated.norm()) == pytest.approx(size**0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize("size", [4, 64, 256, 4096])
+def test_number_of_operations_is_n_log_n(size: int) -> None:
+    """Additions and subtractions, counted: one per element and level."""
+    counted = 0
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal counted
+            result = func(*args, **(kwargs or {}))
+            counted += result.numel() if func in (torch.ops.aten.add.Tensor, torch.ops.aten.sub.Tensor) else 0
+            assert func not in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default)
+            return result
+
+    with Count():
+        walsh_hadamard(torch.ones(size))
+    assert counted == size * (size.bit_length() - 1)
 
 
 @pytest.mark.parametrize("size", [0, 3, 6, 12, 100])
