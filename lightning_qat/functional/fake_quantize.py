@@ -9,8 +9,11 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from lightning_qat.functional.gradients import number, within
+from lightning_qat.functional.kernels import run, wanted
+from lightning_qat.functional.scratch import Scratch
 
-_LARGE: Final = 1 << 20  # elements from which on the forward works in pieces, too, on CPU
+_LARGE: Final = 1 << 20  # elements from which on the forward works in pieces on CPU, or by a compiled kernel
+_WORTHWHILE: Final = 1 << 16  # elements from which on a compiled kernel for backward earns the time of its call
 _CHUNK: Final = 1 << 18  # elements that backward handles at a time on CPU: its temporaries stay in the cache
 
 
@@ -162,12 +165,23 @@ class Setting:
         """Whether the gradients depend on x."""
         return self.learned or self.rule.needs_input
 
+    @property
+    def _fields(self) -> tuple[Any, ...]:
+        tensors = self.scale, self.zero_point, self.temperature, self.lo, self.hi
+        return *tensors, self.rounding, self.rule, self.learned
+
+    def _key(self, x: Tensor) -> tuple[Any, ...]:
+        """Return what a compiled kernel depends on, beside the values of tensors."""
+        return x.dim(), x.dtype, x.device.type, self.zero_point is None, self.rounding, self.rule, self.learned
+
     def levels(self, x: Tensor) -> Tensor:
         """Return :func:`quantize` of x."""
         return quantize(x, self.scale, self.zero_point, lo=self.lo, hi=self.hi, rounding=self.rounding)
 
     def fake_quantized(self, x: Tensor) -> Tensor:
         """Return what the nearest levels of x stand for, in the dtype of x."""
+        if wanted(x, _LARGE):
+            return run(_values, self._key(x), x, *self._fields)
         small = x.numel() <= _LARGE or x.device.type != "cpu" or torch.compiler.is_compiling()
         if small or x.dtype != self.scale.dtype:
             return self.values(self.levels(x), x.dtype)
@@ -203,10 +217,12 @@ class Setting:
             x: latent values.
             needs: which of the three are wanted.
         """
+        if wanted(x, _WORTHWHILE):
+            return run(_gradients, (needs, *self._key(x)), grad, x, needs, *self._fields)
         out = torch.empty_like(x) if needs[0] else None
         sums = torch.zeros_like(self.scale) if needs[1] and self.learned else None
         total = torch.zeros_like(self.temperature) if needs[2] and self.temperature is not None else None
-        scratch = _Scratch()
+        scratch = Scratch()
         for part, rows in self._parts(x, _CHUNK):
             scratch.begin(shared=rows is not ...)
             wide, point = _wide(grad[rows]), part._point(x[rows], scratch)
@@ -232,7 +248,7 @@ class Setting:
         # an empty batch has a gradient of zero, not 0 / 0
         return None if total is None else total / torch.sqrt(max(1, x.numel() // max(1, num_sharing)) * self.hi)
 
-    def _point(self, x: Tensor, scratch: "_Scratch") -> Point:
+    def _point(self, x: Tensor, scratch: Scratch) -> Point:
         wide = _wide(x)
         u = _units(wide, self.scale, out=scratch.take(wide, self.scale))
         copied = scratch.take(u, u)
@@ -254,25 +270,12 @@ class Setting:
             yield (replace(self, scale=self.scale[rows], zero_point=zero_point) if split else self), rows
 
 
-class _Scratch:
-    """Memory that the pieces of a tensor share, one after the other: fresh pages cost more than the arithmetic."""
+def _values(x: Tensor, *fields: Any) -> Tensor:
+    return Setting(*fields).fake_quantized(x)
 
-    def __init__(self) -> None:
-        self._buffers: list[Tensor] = []
-        self._taken: int | None = None
 
-    def begin(self, *, shared: bool) -> None:
-        """Start a piece, the first the largest; where there is but one, nothing is shared."""
-        self._taken = 0 if shared else None
-
-    def take(self, like: Tensor, other: Tensor) -> Tensor | None:
-        """Return the next buffer of a piece, for a result in the shape of the first tensor; None: a fresh one."""
-        if self._taken is None:
-            return None
-        if self._taken == len(self._buffers):
-            self._buffers.append(torch.empty(like.numel(), dtype=torch.result_type(like, other)))
-        self._taken += 1
-        return self._buffers[self._taken - 1][: like.numel()].view(like.shape)
+def _gradients(grad: Tensor, x: Tensor, needs: Any, *fields: Any) -> tuple[Tensor | None, ...]:
+    return Setting(*fields).gradients(grad, x, needs)
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -283,8 +286,7 @@ class _FakeQuantize(torch.autograd.Function):
         x: Tensor, scale: Tensor, zero_point: Tensor | None, temperature: Tensor | None, lo: Tensor, hi: Tensor,
         rounding: Rounding, rule: GradientRule, learned: bool,
     ) -> Tensor:  # fmt: skip
-        setting = Setting(scale, zero_point, temperature, lo, hi, rounding, rule, learned)
-        return setting.fake_quantized(x)
+        return _values(x, scale, zero_point, temperature, lo, hi, rounding, rule, learned)
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: Tensor) -> None:
