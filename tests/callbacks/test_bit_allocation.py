@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
@@ -216,6 +216,24 @@ def test_averages_get_the_grids() -> None:
     fit(model, QATCallback(), average, BitAllocation(2.5, (Ternary(), 2, 4)), max_epochs=1)
     present = {q.grid.label for q in fake_quantizers(average._average_model).values()}
     assert present == set(grids(model).values())
+
+
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides")
+@pytest.mark.filterwarnings("ignore:QuantizationStatistics. .* of the (values lie outside|scales have collapsed)")
+def test_all_together_resumes_bit_for_bit(tmp_path: Path) -> None:
+    def run(seed: int = 0, ckpt: Path | None = None) -> Any:
+        model = Net(seed=seed)
+        callbacks = [
+            QATCallback(LEARNED_INPUTS), BitAllocation(2.5, (Ternary(), 2, 4)), Calibration(1), Distillation(),
+            QuantizationStatistics(1), EMAWeightAveraging(decay=0.5),
+            ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, enable_version_counter=False),
+        ]  # fmt: skip
+        fit(model, *callbacks, max_epochs=2, logger=CSVLogger(tmp_path), log_every_n_steps=1, ckpt=ckpt)
+        return model
+
+    whole, resumed = run(), run(1, tmp_path / "epoch=0.ckpt")
+    assert grids(resumed) == grids(whole)
+    assert_equal_states(state(resumed), state(whole))
 
 
 def test_two_processes_choose_alike_from_the_data_of_both(tmp_path: Path) -> None:
