@@ -178,15 +178,6 @@ def test_manual_optimization_penalizes_a_weight_where_a_loss_depends_on_it() -> 
     fit(plain, QATCallback(ABSMAX), limit_train_batches=1)
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile does
-def test_a_compiled_module() -> None:
-    """Its step is compiled as a whole; penalties come after it."""
-    plain, model = Net(optimizer=sgd), Net(optimizer=sgd)
-    fit(plain, QATCallback(ABSMAX), Regularization([PULL]), limit_train_batches=2)
-    fit(torch.compile(model, backend="eager"), QATCallback(ABSMAX), Regularization([PULL]), limit_train_batches=2)
-    assert_equal_states(state(plain), state(model))
-
-
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_low_precision(precision: Any) -> None:
     model = Net(optimizer=sgd)
