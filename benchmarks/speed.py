@@ -3,7 +3,8 @@
     python -m benchmarks.speed --model S --precision fp32 --mode eager
     python -m benchmarks.speed --elements 2048
 
-All variants take turns in one process; a row is the median of the ratios of neighbors. On a CPU the clock is the CPU
+All variants take turns in one process, the base before each of them; a row is the median of the ratios of such
+neighbors. On a CPU the clock is the CPU
 time of the process, because other processes may share the cores; with more than one thread, that is not wall time.
 """
 
@@ -36,27 +37,37 @@ def seconds(run: Callable[[], object], device: str) -> float:
     return time.perf_counter() - start
 
 
-def measure(runs: dict[str, Callable[[], object]], device: str, *, budget: float, least: int) -> dict[str, list[float]]:
-    """Let all take turns until a time budget is spent."""
+Pairs = dict[str, list[tuple[float, float]]]
+
+
+def measure(runs: dict[str, Callable[[], object]], device: str, *, budget: float, least: int) -> Pairs:
+    """Let all take turns until a time budget is spent; return pairs of times, of the first just before and of each."""
     for run in runs.values():
         run()
-    times: dict[str, list[float]] = {name: [] for name in runs}
+    base = next(iter(runs.values()))
+    pairs: Pairs = {name: [] for name in runs}
     end = time.perf_counter() + budget
-    while time.perf_counter() < end or len(next(iter(times.values()))) < least:
+    while time.perf_counter() < end or len(next(iter(pairs.values()))) < least:
         for name, run in runs.items():
-            times[name].append(seconds(run, device))
-    return times
+            pairs[name].append((seconds(base, device), seconds(run, device)))
+    return pairs
 
 
-def rows_of(times: dict[str, list[float]], base: str) -> list[dict[str, Any]]:
-    """Return median, smallest and largest ratio to the base, and the ratio of the fastest runs."""
-    rows = []
-    for name, taken in times.items():
-        ratios = [one / other for one, other in zip(taken, times[base], strict=True)]
+def rows_of(pairs: Pairs) -> list[dict[str, Any]]:
+    """Return quartiles of the ratios to the base, the ratio of the fastest runs, and the median time.
+
+    The first row compares the base with itself: what differs from 1 there is noise.
+    """
+    fastest, rows = min(before for taken in pairs.values() for before, _ in taken), []
+    for name, taken in pairs.items():
+        ratios = sorted(own / before for before, own in taken)
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        own = [own for _, own in taken]
         rows.append(
             {
-                "variant": name, "ratio": statistics.median(ratios), "min": min(ratios), "max": max(ratios),
-                "of fastest": min(taken) / min(times[base]), "ms": 1e3 * statistics.median(taken), "runs": len(taken),
+                "variant": name, "ratio": middle, "quartile": low, "third quartile": high, "min": ratios[0],
+                "max": ratios[-1], "of fastest": min(own) / fastest, "ms": 1e3 * statistics.median(own),
+                "runs": len(own),
             }
         )  # fmt: skip
     return rows
@@ -73,7 +84,7 @@ def step_times(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         model = build(Model(SHAPES[arguments.model]).to(arguments.device))
         forward = torch.compile(model, fullgraph=True) if arguments.mode == "compiled" else model
         runs[name] = training_step(model, batches, arguments.precision, forward)
-    return rows_of(measure(runs, arguments.device, budget=arguments.seconds, least=arguments.repetitions), "float")
+    return rows_of(measure(runs, arguments.device, budget=arguments.seconds, least=arguments.repetitions))
 
 
 class _NaiveQuantizer(nn.Module):
@@ -94,16 +105,13 @@ def quantizer_times(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     modules |= {f"{name} compiled": torch.compile(module) for name, module in modules.items()}
     modules["naive"] = _NaiveQuantizer()
 
-    def run(module: nn.Module) -> Callable[[], None]:
-        def forward_and_backward() -> None:
-            x.grad = None
-            module(x).backward(grad)
-
-        return forward_and_backward
+    def run(module: nn.Module) -> Callable[[], object]:
+        wanted = [x, *module.parameters()]
+        return lambda: torch.autograd.grad(module(x), wanted, grad)  # backward() would copy the gradient of x once more
 
     runs: dict[str, Callable[[], object]] = {"clone": lambda: x.detach().clone()}
     runs |= {name: run(module) for name, module in modules.items()}
-    return rows_of(measure(runs, arguments.device, budget=arguments.seconds, least=arguments.repetitions), "clone")
+    return rows_of(measure(runs, arguments.device, budget=arguments.seconds, least=arguments.repetitions))
 
 
 def main() -> None:
