@@ -19,6 +19,7 @@ from lightning_qat.losses._common import (
     hide,
     masked_mean,
 )
+from lightning_qat.losses._divergence import row_divergence
 
 
 def kl_divergence(
@@ -40,7 +41,7 @@ def kl_divergence(
             whatever they hold. All positions masked: the loss is 0.
 
     Returns:
-        A scalar >= 0, float32 or float64.
+        A scalar >= 0, float32 or float64. In eager mode on CPU it has first derivatives only.
 
     Raises:
         ValueError: Shapes do not match, or the temperature is not positive.
@@ -54,6 +55,10 @@ def kl_divergence(
         >>> kl_divergence(teacher, teacher)
         tensor(0.)
     """
+    if student_logits.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_logits(student_logits, teacher_logits, mask)
+        check_positive(temperature, name="temperature")
+        return temperature**2 * masked_mean(row_divergence(student_logits, teacher_logits, temperature, mask), mask)
     student, teacher = _log_probabilities(student_logits, teacher_logits, temperature, mask)
     return temperature**2 * masked_mean(_divergence(teacher, student), mask)
 
