@@ -6,7 +6,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from lightning_qat.functional.packing import pack
+from lightning_qat.functional.packing import pack_bits, packed_size
 
 GROUP: Final = 64
 """Neighbors in a row of a packed base that share a scale, where the length of the row is a multiple of it."""
@@ -64,7 +64,7 @@ def pack_base(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     groups, largest = rows.reshape(rows.shape[0], -1, size), 2 ** (bits - 1) - 1
     scales = (groups.abs().amax(-1, keepdim=True) / largest).clamp_min(torch.finfo(torch.float32).tiny)
     codes = (groups / scales).round_().clamp_(-largest, largest).to(torch.int8).flatten()
-    return (codes if bits == 8 else pack(codes + 8, 16)), scales
+    return (codes if bits == 8 else pack_bits(codes + 8, 4)[: packed_size(codes.numel(), 16)]), scales
 
 
 def unpack_base(codes: Tensor, scales: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -11,7 +11,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 
-from lightning_qat import BitAllocation, Calibration, ProgressiveBitWidth, QATCallback, prepare
+from lightning_qat import BitAllocation, Calibration, LoRA, ProgressiveBitWidth, QATCallback, prepare
 from tests.callbacks._models import LEARNED_INPUTS, Net, fake_quantizers, loader, state
 
 OPTIONS: dict[str, Any] = {
@@ -61,6 +61,12 @@ def bits(folder: Path) -> None:
     trainer.fit(Net(), loader())
     assert callback.allocation is not None
     callback.allocation.save(folder / f"bits{trainer.global_rank}.json")
+
+
+def lora(folder: Path) -> None:
+    """Adapters on a packed base; each process draws its own masks of dropout."""
+    callbacks = [QATCallback(LEARNED_INPUTS), LoRA(2, 8.0, 0.2, base="int8"), Calibration(1), Watch(folder)]
+    pl.Trainer(strategy="ddp", callbacks=callbacks, **OPTIONS).fit(Net(), loader())
 
 
 def fork(folder: Path) -> None:
@@ -115,4 +121,4 @@ def shard(folder: Path) -> None:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    {"ddp": ddp, "bits": bits, "fork": fork, "shard": shard}[sys.argv[1]](Path(sys.argv[2]))
+    {"ddp": ddp, "bits": bits, "fork": fork, "lora": lora, "shard": shard}[sys.argv[1]](Path(sys.argv[2]))

@@ -1,6 +1,7 @@
 """LoRA in a Trainer: adapters exist before the optimizer does, nothing else trains, runs resume, order is checked."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -148,6 +149,14 @@ def test_settings_are_checked() -> None:
         fit(Net("setup"), QATCallback(recipes.int4()), LoRA(2, match="hed"))
     callback = LoRA(4, 8.0, 0.1, match=("a", "b"), base="int8", trainable="head.*")
     assert repr(eval(repr(callback))) == repr(callback)
+
+
+def test_sharding_is_refused() -> None:
+    callback = LoRA(2)
+    strategy = type("FSDPStrategy", (), {})()
+    given: Any = SimpleNamespace(callbacks=[callback], strategy=strategy)
+    with pytest.raises(ValueError, match=r"LoRA: adapters of sharded weights \(FSDPStrategy\) are not supported"):
+        callback.setup(given, Net(), "fit")
 
 
 def test_a_model_that_was_prepared_before() -> None:

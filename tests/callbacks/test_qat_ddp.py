@@ -66,6 +66,14 @@ def test_the_checkpoint_is_that_of_both(ddp: Path) -> None:
     assert_equal_states(loaded(ddp / "run.ckpt")["state_dict"], loaded(ddp / "end1.pt"))  # type: ignore[arg-type]
 
 
+def test_adapters_train_alike_on_both_ranks(tmp_path: Path) -> None:
+    run("lora", tmp_path)
+    started, ended = (loaded(tmp_path / f"{when}0.pt") for when in ("start", "end"))
+    assert_equal_states(ended, loaded(tmp_path / "end1.pt"))
+    changed = {key for key in started if not torch.equal(started[key], ended[key])}
+    assert changed == {key for key in started if key.endswith((".a", ".b", ".scale"))}
+
+
 def test_forked_processes_hand_scales_back_to_a_prepared_model(tmp_path: Path) -> None:
     run("fork", tmp_path)
     message = (tmp_path / "error.txt").read_text(encoding="utf-8")

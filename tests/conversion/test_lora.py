@@ -418,11 +418,12 @@ def test_autocast(base: str) -> None:
         assert torch.equal(bake(model)(x), y)
 
 
-def test_moves_and_meta_device() -> None:
+@pytest.mark.parametrize("base", BASES)
+def test_moves_and_meta_device(base: str) -> None:
     with torch.device("meta"):
         model = network()
         prepare(model, recipes.int4())
-        add_lora(model, 2, base="int8")
+        add_lora(model, 2, base=base)
     model.to_empty(device="cpu")
     low_rank = model[0].weight_quantizer_lora
     assert low_rank.b.count_nonzero() == 0
@@ -433,7 +434,7 @@ def test_moves_and_meta_device() -> None:
     other = network()
     other.load_state_dict(state)
     prepare(other, recipes.int4())
-    add_lora(other, 2, base="int8")
+    add_lora(other, 2, base=base)
     x = torch.randn(2, 6)
     assert torch.equal(model(x), other(x))
 
