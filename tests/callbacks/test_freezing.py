@@ -1,5 +1,6 @@
 """OscillationFreezing against the method written out weight by weight; frozen codes stay, whatever the optimizer."""
 
+import copy
 import csv
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,21 @@ import lightning_qat
 from lightning_qat import (
     AbsMax,
     Binary,
+    Distillation,
     Int,
     LayerSpec,
     LoRA,
+    ParameterGroup,
+    Penalty,
     PerGroup,
     PerTensor,
     ProgressiveBitWidth,
     QATCallback,
     QuantizerSpec,
     Recipe,
+    Regularization,
     Rule,
+    TwoStageSchedule,
     codes,
     prepare,
     recipes,
@@ -31,6 +37,7 @@ from lightning_qat import (
 from lightning_qat.callbacks import OscillationFreezing
 from lightning_qat.callbacks.freezing import _Freezable
 from lightning_qat.callbacks.measures import slots
+from lightning_qat.losses import grid_distance
 from lightning_qat.schedules import CosineRamp, LinearRamp
 from tests.callbacks._models import Net, assert_equal_states, fit, loader, state
 from tests.callbacks.test_optimizers import OPTIMIZERS
@@ -282,3 +289,34 @@ def test_errors_at_fit_start() -> None:
 
     with pytest.raises(ValueError, match="the weight of first is computed from other parameters"):
         fit(Normed(), QATCallback(), OscillationFreezing(0.1))
+
+
+# --- with the other callbacks ----------------------------------------------------------------------------------------
+
+
+def all_together() -> list[Any]:
+    """Everything that acts on the loss, the optimizer or the weights."""
+    return [
+        QATCallback(recipes.int2(), groups=(ParameterGroup("first", kind="weights", lr_multiplier=0.5),)),
+        ProgressiveBitWidth({0: 4, 6: 2}, unit="step"),
+        Distillation(weight=0.5),
+        Regularization([Penalty(grid_distance, weight=CosineRamp(0.1))]),
+        OscillationFreezing(**EAGER),
+        TwoStageSchedule(),
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides")
+def test_all_together_resume_and_copy(tmp_path: Any) -> None:
+    def run(callbacks: list[Any], ckpt: Any = None) -> Any:
+        model = Net(optimizer=fast_sgd, seed=0 if ckpt is None else 1)
+        saved = pl.callbacks.ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, enable_version_counter=False)
+        average = pl.callbacks.EMAWeightAveraging(decay=0.5)
+        fit(model, *callbacks, Shaking(), average, saved, max_epochs=3, num_sanity_val_steps=0, ckpt=ckpt)
+        return state(model)
+
+    callbacks = all_together()
+    copies = copy.deepcopy(callbacks)
+    whole = run(callbacks)
+    assert_equal_states(run(copies, tmp_path / "epoch=0.ckpt"), whole)
+    assert_equal_states(run(copy.deepcopy(callbacks)), whole)  # copies of used ones begin anew
