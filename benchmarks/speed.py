@@ -5,10 +5,11 @@
     python -m benchmarks.speed --elements 2048
 
 All variants take turns in one process, the base before each of them; a row is the median of the ratios of such
-neighbors. On a CPU the clock is the CPU
-time of the process, because other processes may share the cores; with more than one thread, that is not wall time. Where weights alone are
-quantized, the time that this adds does not depend on the number of tokens: with one token (a batch of one, a sequence
-of one) the products are small, and the difference of the fastest steps tells it apart from noise.
+neighbors. On a CPU the clock is the CPU time of the process, because other processes may share the cores; with more
+than one thread, that is not wall time.
+
+Where weights alone are quantized, the time that this adds does not depend on the number of tokens: with one token (a
+batch of one, a sequence of one) the products are small, and the difference of the fastest steps tells it from noise.
 """
 
 import argparse
