@@ -68,7 +68,7 @@ def add_lora(
     What is fake-quantized is the merged weight, :math:`\hat W = Q(W + \frac{\alpha}{r} B A)`: what is trained is what
     :func:`~lightning_qat.bake` and :func:`~lightning_qat.codes` give, without a float remainder beside the codes. In
     layers with the forward of ``nn.Linear`` no merged and no quantized weight waits for backward. Learned scales of the
-    layers train along, also where the layer was frozen. Equal bit for bit means on one kind of device: another one rounds
+    layers train along, also where the layer was frozen. Equal bit for bit means on one kind of device: another rounds
     the product of the factors differently in the last bit, which may move a weight that lies on a border.
 
     Args:
