@@ -110,7 +110,7 @@ def training_step(
     Several micro-batches share what an accumulation window keeps, as they do with QATCallback.
     """
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
-    device, run = batches[0].device.type, forward or model
+    device, run = batches[0].device.type, model if forward is None else forward  # a compiled module has no truth value
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
