@@ -249,7 +249,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, nargs="+", default=list(QAT_STEPS), help="budgets of training")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--cache", type=Path, default=Path("outputs/reasoning"), help="folder of the float models")
-    parser.add_argument("--output", type=Path, help="JSON file to write; rows that it holds are not run again")
+    parser.add_argument("--output", type=Path, help="JSON file to write; rows in it are not run again")
     parser.add_argument("--plot", type=Path, help="PNG file to write")
     return parser.parse_args(arguments)
 
@@ -269,7 +269,9 @@ def main() -> None:
             if options.output:
                 write(options, list(rows.values()))
     grids, methods = list(GRIDS), list(METHODS)
-    ordered = [rows[key] for key in sorted(rows, key=lambda k: (grids.index(k[0]), k[2] > 0, -k[2], methods.index(k[1]), k[3]))]
+    ordered = [
+        rows[key] for key in sorted(rows, key=lambda k: (grids.index(k[0]), k[2] > 0, -k[2], methods.index(k[1]), k[3]))
+    ]
     show(summary(ordered))
     if options.plot:
         plot(ordered, options.plot)
