@@ -1,11 +1,13 @@
 """Quantization-aware training for PyTorch Lightning: one callback, any model, exact export."""
 
 from lightning_qat.callbacks import (
+    GPTQ,
     BitAllocation,
     Calibration,
     Distillation,
     ExportCallback,
     FeatureMatch,
+    GradualQuantization,
     LoRA,
     OscillationFreezing,
     ParameterGroup,
@@ -32,6 +34,7 @@ from lightning_qat.conversion import (
     calibrate,
     codes,
     float_weights,
+    gptq,
     load_checkpoint,
     merge_lora,
     prepare,
@@ -74,6 +77,7 @@ from lightning_qat.quantization import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "GPTQ",
     "AbsMax",
     "AbsMean",
     "Binary",
@@ -89,6 +93,7 @@ __all__ = [
     "FakeQuantizer",
     "FeatureMatch",
     "FisherError",
+    "GradualQuantization",
     "Hadamard",
     "HalfInt",
     "Int",
@@ -133,6 +138,7 @@ __all__ = [
     "calibrate",
     "codes",
     "float_weights",
+    "gptq",
     "load_checkpoint",
     "merge_lora",
     "prepare",

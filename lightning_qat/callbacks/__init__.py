@@ -7,6 +7,8 @@ from lightning_qat.callbacks.capture import FeatureMatch
 from lightning_qat.callbacks.distillation import Distillation
 from lightning_qat.callbacks.export import ExportCallback
 from lightning_qat.callbacks.freezing import OscillationFreezing
+from lightning_qat.callbacks.gptq import GPTQ
+from lightning_qat.callbacks.gradual import GradualQuantization
 from lightning_qat.callbacks.lora import LoRA
 from lightning_qat.callbacks.masks import BatchMask, DelimiterMask, KindWeights, TargetMask
 from lightning_qat.callbacks.parameter_group import ParameterGroup
@@ -20,6 +22,7 @@ from lightning_qat.callbacks.statistics import QuantizationStatistics
 from lightning_qat.callbacks.two_stage import TwoStageSchedule
 
 __all__ = [
+    "GPTQ",
     "BatchMask",
     "BitAllocation",
     "Bounds",
@@ -28,6 +31,7 @@ __all__ = [
     "Distillation",
     "ExportCallback",
     "FeatureMatch",
+    "GradualQuantization",
     "KindWeights",
     "LoRA",
     "OscillationFreezing",

@@ -26,7 +26,7 @@ from lightning_qat.callbacks.teacher import Teacher, TeacherSource
 from lightning_qat.losses import kl_divergence, top1_agreement
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "same": None}
-_TEMPERATURE = 2.0
+_TEMPERATURE = 1.0
 Loss = Callable[..., Tensor]
 
 
@@ -72,7 +72,7 @@ class Distillation(pl.Callback, ModuleHooks):
         teacher: TeacherSource | None = None,
         *,
         temperature: float = _TEMPERATURE,
-        weight: float = 1.0,
+        weight: float = 4.0,
         loss: Loss = kl_divergence,
         module: str = "",
         select: Callable[[Any], Tensor] | None = None,

@@ -10,7 +10,7 @@ from torch import nn
 Forward = Callable[[Any, Any], Any]
 
 
-def find_forward(pl_module: nn.Module, batch: Any) -> Forward:
+def find_forward(pl_module: nn.Module, batch: Any, who: str = "Calibration") -> Forward:
     """Return the first way to run the model that works on a batch: its own ``predict_step``, or calling it.
 
     Raises:
@@ -27,8 +27,8 @@ def find_forward(pl_module: nn.Module, batch: Any) -> Forward:
         else:
             return way
     raise ValueError(
-        f"Calibration: cannot tell how to run {type(pl_module).__name__} on a training batch of type "
-        f"{type(batch).__name__}; pass Calibration(forward=lambda module, batch: module(...)). Tried\n  "
+        f"{who}: cannot tell how to run {type(pl_module).__name__} on a training batch of type "
+        f"{type(batch).__name__}; pass {who}(forward=lambda module, batch: module(...)). Tried\n  "
         + "\n  ".join(problems)
     )
 

@@ -6,6 +6,7 @@ from lightning_qat.conversion.bake import bake, codes
 from lightning_qat.conversion.calibrate import calibrate
 from lightning_qat.conversion.checkpoint import load_checkpoint
 from lightning_qat.conversion.fold import fold_batchnorm, reestimate_batchnorm
+from lightning_qat.conversion.gptq import Compensated, gptq
 from lightning_qat.conversion.lora import add_lora, merge_lora
 from lightning_qat.conversion.peft import adopt_peft
 from lightning_qat.conversion.prepare import float_weights, prepare, unprepare
@@ -22,6 +23,7 @@ from lightning_qat.conversion.window import accumulation_window
 
 __all__ = [
     "Allocation",
+    "Compensated",
     "ConversionReport",
     "FisherError",
     "LossChange",
@@ -39,6 +41,7 @@ __all__ = [
     "float_weights",
     "fold_batchnorm",
     "fold_rotations",
+    "gptq",
     "load_checkpoint",
     "merge_lora",
     "online_rotations",

@@ -116,7 +116,7 @@ def _ready(module: nn.Module, own_input: bool) -> bool:
     if parameter is not None and is_sharded(parameter):
         return False
     return all(
-        quantizer.enabled and quantizer.observer is None and not quantizer.stale
+        quantizer.enabled and quantizer.observer is None and not quantizer.stale and not quantizer.softened
         for quantizer in _quantizers(module)
         if own_input or not quantizer.layout.is_input
     )

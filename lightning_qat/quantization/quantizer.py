@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lightning_qat.functional.bounded import bounded_temperature, finish_scale, positive_scale
 from lightning_qat.functional.fake_quantize import Setting, fake_quantize, quantize
 from lightning_qat.functional.scaling import Sample
+from lightning_qat.functional.softening import soft_values
 from lightning_qat.quantization.gradient import TEMPERATURE_RANGE, LearnedSoft
 from lightning_qat.quantization.granularity import Layout
 from lightning_qat.quantization.grid import Grid, decode_grid
@@ -69,6 +70,8 @@ class FakeQuantizer(nn.Module):
         self.family: Grid = spec.grid
         self.enabled = True
         self.observer: Observer | None = None
+        # While training: 1 leaves values within the grid's range as they are, towards 0 they become its levels.
+        self.softness: Tensor | None = None
         self.window: Window | None = None
         problem = spec.granularity.problem(shape, self.layout)
         if problem:
@@ -107,6 +110,11 @@ class FakeQuantizer(nn.Module):
         """Whether a stored scale was not found yet."""
         return self.stored and (self.stale or not self.calibrated)
 
+    @property
+    def softened(self) -> bool:
+        """Whether the forward returns values between levels now."""
+        return self.softness is not None and self.training
+
     def _bounds(self) -> Bounds:
         return Bounds(self.family, self.lo, self.hi, self.spec.torch_scale_dtype)
 
@@ -141,7 +149,15 @@ class FakeQuantizer(nn.Module):
             grouped, setting.scale, setting.zero_point, lo=setting.lo, hi=setting.hi, rounding=setting.rounding,
             rule=setting.rule, learned=setting.learned, temperature=setting.temperature,
         )  # fmt: skip
+        if self.softened:
+            out = out + (self._softened(grouped, setting) - out).detach()
         return self.spec.granularity.ungroup(out, tuple(x.shape), self.layout)
+
+    @torch.no_grad()
+    def _softened(self, x: Tensor, setting: Setting) -> Tensor:
+        assert self.softness is not None  # noqa: S101 - softened says so
+        softness = self.softness.to(x.device)
+        return soft_values(x, setting.scale, setting.zero_point, softness, lo=self.lo, hi=self.hi, rounding=self.family)
 
     def setting(self, x: Tensor, known: tuple[Tensor, Tensor | None] | None = None) -> tuple[Tensor, Setting]:
         """Return x so shaped that scales broadcast to it, and how it is fake-quantized.

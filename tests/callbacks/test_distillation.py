@@ -108,7 +108,7 @@ def test_value_of_the_first_step() -> None:
         logits = model(batch[0])
         task = F.cross_entropy(logits.double(), batch[1])
         expected = task + 0.5 * reference_kl(logits, teacher(batch[0]), 2.0)
-    fit(student, Distillation(teacher, weight=0.5), limit_train_batches=1)
+    fit(student, Distillation(teacher, weight=0.5, temperature=2.0), limit_train_batches=1)
     torch.testing.assert_close(losses[0].double(), expected, rtol=1e-6, atol=1e-7)
 
 
@@ -135,7 +135,7 @@ class Manual(Net):
 
 def test_manual_optimization_with_several_losses_and_forwards() -> None:
     model, by_hand = Manual(), Manual(frozen())
-    fit(model, Distillation(frozen()))
+    fit(model, Distillation(frozen(), weight=1.0, temperature=2.0))
     fit(by_hand)
     assert_same_training(model, by_hand)
 
@@ -152,7 +152,7 @@ def test_several_forwards_in_a_step_add_one_loss_each() -> None:
 
     model, by_hand = Twice(optimizer=sgd), Twice(optimizer=sgd)
     model.teach, by_hand.teach = None, [frozen()]  # type: ignore[assignment]
-    fit(model, Distillation(frozen()))
+    fit(model, Distillation(frozen(), weight=1.0, temperature=2.0))
     fit(by_hand)
     torch.testing.assert_close(state(model), state(by_hand), rtol=1e-6, atol=1e-7)  # a sum in another order
 
@@ -403,7 +403,7 @@ def test_a_mask_from_the_batch_also_in_manual_optimization() -> None:
         model = Tokens(manual)
         fit(
             model,
-            Distillation(frozen(), mask=lambda batch: next_token_mask(batch["labels"])),
+            Distillation(frozen(), weight=1.0, temperature=2.0, mask=lambda batch: next_token_mask(batch["labels"])),
             train=StatefulLoader([batch]),
         )
         torch.testing.assert_close(model.head.weight.detach(), expected, rtol=1e-5, atol=1e-6)
@@ -419,7 +419,7 @@ def test_layers_inside_follow_the_teacher() -> None:
     loss.backward()
     model = Net(optimizer=sgd)
     feature = FeatureMatch("fir*", loss=hidden_state_mse, weight=0.3)
-    fit(model, Distillation(frozen(), features=(feature,)), train=StatefulLoader([[x, y]]))
+    fit(model, Distillation(frozen(), weight=1.0, temperature=2.0, features=(feature,)), train=StatefulLoader([[x, y]]))
     expected = student.first.weight.detach() - 0.1 * student.first.weight.grad  # type: ignore[operator]
     torch.testing.assert_close(model.first.weight.detach(), expected, rtol=1e-5, atol=1e-6)
 

@@ -1,0 +1,337 @@
+"""What is left of a model at 8 to 1 bits: our recipes, peers and the float model, for the same training budget.
+
+    python -m benchmarks.accuracy --task text --width int2 ternary --seed 0 1 2     # adds to benchmarks/accuracy.json
+    python -m benchmarks.accuracy --report                                           # table and plot of what is there
+
+A float model is trained for a fixed number of steps. From its weights, each with a third of those steps, the same
+optimizer, schedule and batches: training goes on in float (the reference, with and without a teacher), or with
+quantization by a method. The teacher is the float model as it was. Weights of all linear layers but the head are
+quantized, one scale per output channel (bitnet: per tensor). Figures are losses on the test data in nats; excess is the
+loss above the float reference of the same seed. Ours is ``QATCallback(recipe), GPTQ(), GradualQuantization(),
+Distillation()``, the same for every task and width, with the defaults of the package, which were chosen on the
+validation data of the text, seed 0.
+"""
+
+import argparse
+import copy
+import json
+import logging
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from benchmarks.output import machine
+from benchmarks.peers import PEERS, WEIGHT_BITS, parq
+from lightning_qat import (
+    GPTQ,
+    AbsMax,
+    Distillation,
+    GradualQuantization,
+    LayerSpec,
+    MinimumError,
+    QATCallback,
+    QuantizerSpec,
+    Recipe,
+    Rule,
+    StraightThrough,
+    recipes,
+)
+from lightning_qat.data import ArithmeticData, DigitImages, DigitsData, TextData
+from lightning_qat.models import ArithmeticModel, ConvNet, LanguageModel, SequenceClassifier
+
+WIDTHS = (*WEIGHT_BITS, "seq2")
+BITS = {"int4": 4.0, "int3": 3.0, "int2": 2.0, "ternary": 1.58, "binary": 1.0}
+OURS, TEACHER, AFTER_TRAINING = "ours", " + teacher", "after training"
+ABLATIONS: dict[str, Callable[[], list[Any]]] = {
+    "ours, QATCallback alone": list,
+    "ours, with GPTQ": lambda: [GPTQ()],
+    "ours, with gradual rounding": lambda: [GradualQuantization()],
+    "ours, with teacher": lambda: [Distillation()],
+    "ours, without teacher": lambda: [GPTQ(), GradualQuantization()],
+}
+T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57}  # Student's t, two-sided, for so many seeds
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model, its data and its budget.
+
+    Args:
+        model: builds it from the learning rate.
+        data: builds it from a seed, a batch size and a number of batches.
+        steps: of the float training; a third of them for all that follows.
+        batch_sizes: of the float training, and of all that follows.
+        learning_rate: the highest of the cosine schedule, in float.
+    """
+
+    model: Callable[..., L.LightningModule]
+    data: Callable[[int, int, int], L.LightningDataModule]
+    steps: int
+    batch_sizes: tuple[int, int]
+    learning_rate: float
+
+
+def _text(seed: int, batch_size: int, num_batches: int) -> L.LightningDataModule:
+    return TextData(sequence_length=64, batch_size=batch_size, num_train_batches=num_batches, seed=seed)
+
+
+def _arithmetic(seed: int, batch_size: int, num_batches: int) -> L.LightningDataModule:
+    return ArithmeticData((1, 2), batch_size=batch_size, num_train=batch_size * num_batches, num_val=64, seed=seed)
+
+
+TASKS = {
+    "digits": Task(
+        partial(SequenceClassifier, 10, embed_dim=8, hidden_size=64, num_heads=4, num_layers=2, window_size=8),
+        lambda seed, batch_size, _: DigitsData(batch_size, seed=seed), 900, (64, 64), 3e-3,
+    ),
+    "images": Task(
+        partial(ConvNet, 10), lambda seed, batch_size, _: DigitImages(batch_size, seed=seed), 600, (64, 64), 1e-2
+    ),
+    "text": Task(
+        partial(LanguageModel, hidden_size=64, num_heads=4, num_layers=2, window_size=64), _text, 1500, (64, 16), 4e-3
+    ),
+    "arithmetic": Task(
+        partial(ArithmeticModel, hidden_size=64, num_heads=4, num_layers=2, window_size=42),
+        _arithmetic, 1500, (64, 32), 4e-3,
+    ),
+}  # fmt: skip
+# Of the highest learning rate of the float training; the same for all methods. The best of 1/8 to 2 for plain LSQ
+# (learned scales, no teacher) on the validation data of the text; for the float reference, too.
+RATES = {"ternary": 0.5, "bitnet": 0.5, "int2": 0.5, "seq2": 0.5, "binary": 1.0}
+RATE = 0.25
+
+
+def _module(task: Task, seed: int, rate: float, weight_decay: float) -> L.LightningModule:
+    L.seed_everything(seed, verbose=False)
+    return task.model(learning_rate=rate * task.learning_rate, weight_decay=weight_decay)
+
+
+def _trainer(steps: int, callbacks: list[Any]) -> L.Trainer:
+    return L.Trainer(
+        max_steps=steps, accelerator="cpu", callbacks=callbacks, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, gradient_clip_val=1.0, limit_val_batches=0,
+    )  # fmt: skip
+
+
+def _fit(task: Task, module: L.LightningModule, seed: int, stage: int, callbacks: list[Any]) -> None:
+    L.seed_everything(seed, verbose=False)
+    steps = (task.steps, task.steps // 3)[stage]
+    _trainer(steps, callbacks).fit(module, datamodule=task.data(seed, task.batch_sizes[stage], steps))
+
+
+def _evaluate(task: Task, module: L.LightningModule, callbacks: list[Any]) -> dict[str, float]:
+    converting = [each for each in callbacks if isinstance(each, QATCallback)]
+    found = _trainer(1, converting).test(module, datamodule=task.data(0, 64, 1), verbose=False)[0]
+    return {name.removeprefix("test_"): float(value) for name, value in found.items()}
+
+
+def _float_model(task: Task, name: str, width: str, seed: int, folder: Path) -> L.LightningModule:
+    """Return the float model of a seed, ready to go on from; trained at the first call."""
+    path = folder / f"{name}{seed}_{task.steps}.pt"
+    if not path.is_file():
+        module = _module(task, seed, 1.0, 0.1)
+        _fit(task, module, seed, 0, [])
+        torch.save(module.state_dict(), path)
+    module = _module(task, seed, RATES.get(width, RATE), 0.0)
+    module.load_state_dict(torch.load(path, weights_only=True))
+    return module
+
+
+def _but_head(recipe: Recipe, module: L.LightningModule) -> Recipe:
+    return Recipe((Rule("head", None), *recipe.rules)) if hasattr(module, "head") else recipe
+
+
+def _after_training(width: str, *, search: bool) -> Recipe:
+    """Return round to nearest: the grid of a recipe, scales by absolute maximum or least error."""
+    spec = recipes.named(width).rules[0].spec
+    assert spec is not None
+    assert spec.weight is not None
+    weight = QuantizerSpec(
+        spec.weight.grid, spec.weight.granularity, MinimumError() if search else AbsMax(), StraightThrough()
+    )
+    return Recipe((Rule("*", LayerSpec(weight, spec.input)),))
+
+
+def _callbacks(method: str, width: str, module: L.LightningModule) -> list[Any]:
+    if method.startswith(AFTER_TRAINING):
+        return [QATCallback(_but_head(_after_training(width, search="absmax" not in method), module))]
+    converting = [QATCallback(_but_head(recipes.named(width), module))] if method.startswith(OURS) else []
+    if method == OURS:
+        return [*converting, GPTQ(), GradualQuantization(), Distillation()]
+    if method in ABLATIONS:
+        return [*converting, *ABLATIONS[method]()]
+    return [Distillation(copy.deepcopy(module))] if method.endswith(TEACHER) else converting
+
+
+def run(name: str, width: str, method: str, seed: int, folder: Path) -> dict[str, float]:
+    """Return the test metrics of one training."""
+    task = TASKS[name]
+    module = _float_model(task, name, width, seed, folder)
+    callbacks = _callbacks(method, width, module)
+    peer = PEERS.get(method.removesuffix(TEACHER))
+    if peer is not None:
+        if peer.convert is None:
+            parq(module, width)
+        else:
+            peer.convert(module, width, _example(task))
+    if not method.startswith(AFTER_TRAINING):
+        _fit(task, module, seed + 1000, 1, callbacks)
+    return _evaluate(task, module, callbacks)
+
+
+def _example(task: Task) -> torch.Tensor:
+    data: Any = task.data(0, 4, 1)
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    example: torch.Tensor = batch["tokens"] if isinstance(batch, dict) else batch[0]
+    return example
+
+
+def methods(width: str) -> list[str]:
+    """Return what is compared at a width; ``float`` stands for no quantization."""
+    if width == "float":
+        return ["float", f"float{TEACHER}"]
+    peers = [name for name, peer in PEERS.items() if width in peer.widths and peer.installed]
+    return [
+        AFTER_TRAINING,
+        f"{AFTER_TRAINING}, absmax",
+        *peers,
+        "ours, QATCallback alone",
+        "ours, without teacher",
+        OURS,
+    ]
+
+
+def summary(values: list[float]) -> tuple[float, float]:
+    """Return the mean and half of its 95 % confidence interval."""
+    if len(values) < 2:
+        return values[0], math.nan
+    return statistics.fmean(values), T_95[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def excess(results: dict[str, Any], task: str, width: str, method: str) -> list[float]:
+    """Return the losses above the float reference, by seed."""
+    own = results.get(f"{task}/{width}/{method}", {})
+    reference = results.get(f"{task}/float/float", {})
+    return [own[seed]["loss"] - reference[seed]["loss"] for seed in sorted(own) if seed in reference]
+
+
+def table(results: dict[str, Any], task: str) -> list[dict[str, str]]:
+    """Return a row for each method and a column for each width: excess loss and half its 95 % interval."""
+    found: dict[str, dict[str, str]] = {}
+    for width in WIDTHS:
+        for method in [*methods(width), *ABLATIONS, *(f"{peer}{TEACHER}" for peer in PEERS)]:
+            values = excess(results, task, width, method)
+            if values:
+                mean, half = summary(values)
+                found.setdefault(method, {"method": method})[width] = f"{mean:.4f} ± {half:.4f}"
+    return list(found.values())
+
+
+def report(results: dict[str, Any]) -> None:
+    """Print a table for each task."""
+    for task in TASKS:
+        rows = table(results, task)
+        if not rows:
+            continue
+        reference = [entry["loss"] for entry in results[f"{task}/float/float"].values()]
+        print(f"\n{task}: excess loss (float, same budget: {statistics.fmean(reference):.4f})\n")
+        columns = ["method", *(width for width in WIDTHS if any(width in row for row in rows))]
+        for line in (columns, ["---"] * len(columns), *([row.get(c, "") for c in columns] for row in rows)):
+            print("| " + " | ".join(line) + " |")
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Draw excess loss against the bits of a weight: ours, the peers, post-training."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    tasks = [task for task in TASKS if table(results, task)]
+    figure, axes = plt.subplots(1, len(tasks), figsize=(4 * len(tasks), 4), layout="constrained", squeeze=False)
+    for axis, task in zip(axes[0], tasks, strict=True):
+        for method in dict.fromkeys(m for width in BITS for m in methods(width)):
+            points = [(BITS[w], statistics.fmean(v)) for w in BITS if (v := excess(results, task, w, method))]
+            if points:
+                style = {"linewidth": 2.5, "color": "black"} if method == OURS else {"linewidth": 1, "alpha": 0.8}
+                axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=method, **style)
+        axis.axhline(0.0, color="gray", linestyle=":", label="float, same budget")
+        axis.set(
+            title=task,
+            xlabel="bits per weight",
+            xticks=list(BITS.values()),
+            xticklabels=[f"{bits:g}" for bits in BITS.values()],
+        )
+        axis.set_yscale("symlog", linthresh=0.01)
+        axis.invert_xaxis()
+    axes[0][0].set_ylabel("loss above float, nats")
+    axes[0][-1].legend(fontsize=7)
+    figure.savefig(path, dpi=120)
+
+
+def _jobs(arguments: argparse.Namespace) -> list[tuple[str, str, str, int]]:
+    return [
+        (task, width, method, seed)
+        for task in arguments.task
+        for width in arguments.width
+        for method in (arguments.method or methods(width))
+        for seed in arguments.seed
+        if method in methods(width) or method in ABLATIONS or method.removesuffix(TEACHER) in methods(width)
+    ]
+
+
+def main() -> None:
+    """Carry out what is asked for and not there yet, or report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", nargs="+", choices=sorted(TASKS), default=["digits", "text", "arithmetic"])
+    parser.add_argument("--width", nargs="+", choices=("float", *WIDTHS), default=["float", *WIDTHS])
+    parser.add_argument("--method", nargs="+", help="default: all")
+    parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/accuracy.json"))
+    parser.add_argument("--cache", type=Path, default=Path("outputs/accuracy"), help="folder of the float models")
+    parser.add_argument("--again", action="store_true", help="also what is there already")
+    parser.add_argument("--report", action="store_true", help="only show what is there, and draw the plot")
+    parser.add_argument("--plot", type=Path, default=Path("docs/images/accuracy.png"))
+    arguments = parser.parse_args()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    arguments.cache.mkdir(parents=True, exist_ok=True)
+    if not arguments.report:
+        for task, width, method, seed in _jobs(arguments):
+            _carry_out(arguments, task, width, method, seed)
+    results = _read(arguments.output)["results"]
+    report(results)
+    if arguments.report:
+        plot(results, arguments.plot)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"machine": machine(), "results": {}}
+    return content
+
+
+def _carry_out(arguments: argparse.Namespace, task: str, width: str, method: str, seed: int) -> None:
+    key = f"{task}/{width}/{method}"
+    if str(seed) in _read(arguments.output)["results"].get(key, {}) and not arguments.again:
+        return
+    began = time.perf_counter()
+    found = run(task, width, method, seed, arguments.cache)
+    print(f"{key:45} seed {seed}  loss {found['loss']:.4f}  {time.perf_counter() - began:.0f} s", flush=True)
+    content = _read(arguments.output)  # read again: runs of other tasks may write beside this one
+    content["results"].setdefault(key, {})[str(seed)] = found
+    arguments.output.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

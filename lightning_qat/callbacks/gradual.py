@@ -1,0 +1,105 @@
+"""GradualQuantization: rounding of weights sets in gradually."""
+
+import fnmatch
+from typing import Any, Final, final
+
+import lightning.pytorch as pl
+import torch
+from torch import nn
+from typing_extensions import override
+
+from lightning_qat.callbacks.run_length import num_steps
+from lightning_qat.conversion.state import quantizers
+from lightning_qat.quantization.grid import Ternary
+from lightning_qat.quantization.quantizer import FakeQuantizer
+
+_MIDDLE: Final = 0.5
+
+
+@final
+class GradualQuantization(pl.Callback):
+    r"""Lets the rounding of weights set in over the first part of a training, in the place of all at once.
+
+    The staircase of rounding starts as the identity (within the range of the grid) and becomes steeper with every
+    optimizer step: its slopes between levels are :math:`1 / (1 - t)` with t = step / (fraction x steps of the run).
+    Then, and in validation, test, export always, rounding is what it is. The network is never broken, which at 2 bits
+    and below is worth more than any setting of the optimizer; the figures are in ``benchmarks/README.md``.
+
+    The step is the trainer's, so a resumed run goes on bit-identically. While values lie between levels, products are
+    those of floats and the fused forward of linear layers is not in use; a compiled model is compiled once more when
+    rounding is complete.
+
+    Args:
+        fraction: share of the run's optimizer steps, in (0, 1].
+        match: glob over dotted layer names.
+
+    Raises:
+        ValueError: a fraction out of range. When training starts: a model that is not prepared, a pattern that matches
+            no quantized weight, a run without end, grids whose borders are not in the middle between levels.
+
+    Source: the annealing of PARQ, arXiv:2503.15748; deviations: see
+    :func:`lightning_qat.functional.softening.soft_values`.
+
+    Example::
+
+        trainer = L.Trainer(callbacks=[QATCallback(recipes.ternary()), GradualQuantization(), Distillation()])
+    """
+
+    def __init__(self, fraction: float = 0.3, match: str = "*") -> None:
+        if not isinstance(fraction, int | float) or not 0 < fraction <= 1:
+            raise ValueError(f"GradualQuantization: fraction={fraction!r} is not allowed; choose a share in (0, 1]")
+        self.fraction, self.match = float(fraction), match
+        self._quantizers: list[FakeQuantizer] = []
+        self._num_steps = 1.0
+
+    def __repr__(self) -> str:
+        """Return an expression that evaluates back."""
+        return f"GradualQuantization({self.fraction!r}, {self.match!r})"
+
+    @override
+    def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        self._num_steps = self.fraction * num_steps(trainer, "GradualQuantization")
+        found = {name: q for name, q in quantizers(pl_module).items() if not q.layout.is_input}
+        chosen = {name: q for name, q in found.items() if fnmatch.fnmatchcase(q.owner, self.match)}
+        if not chosen:
+            names = sorted({q.owner for q in found.values()})
+            raise ValueError(
+                f"GradualQuantization: match={self.match!r} matches no layer with a quantized weight; "
+                + (f"there are {names[:8]}" if names else "QATCallback(recipe) quantizes the model")
+            )
+        for name, quantizer in chosen.items():
+            if isinstance(quantizer.grid, Ternary) and quantizer.grid.threshold != _MIDDLE:
+                raise ValueError(
+                    f"GradualQuantization: {name} has {quantizer.grid!r}, whose borders are not in the middle between "
+                    "levels; choose Ternary(), or leave the layer out with match="
+                )
+        self._quantizers = list(chosen.values())
+
+    @override
+    def on_train_batch_start(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
+    ) -> None:
+        softness = 1.0 - trainer.global_step / self._num_steps
+        for quantizer in self._quantizers:
+            _soften(quantizer, softness)
+        if softness <= 0:
+            self._quantizers = []
+
+    @override
+    def teardown(self, trainer: "pl.Trainer", pl_module: nn.Module, stage: str) -> None:
+        for quantizer in self._quantizers:
+            quantizer.softness = None
+        self._quantizers = []
+
+    @override
+    def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "fit")
+
+
+def _soften(quantizer: FakeQuantizer, softness: float) -> None:
+    if softness <= 0:
+        quantizer.softness = None
+    elif quantizer.softness is None:
+        quantizer.softness = torch.full((), softness, device=quantizer.lo.device)
+    else:
+        quantizer.softness.fill_(softness)  # the same tensor: nothing is compiled anew

@@ -1,0 +1,118 @@
+"""GradualQuantization: the identity at first, rounding in the end, and rounding always where nothing trains."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from lightning_qat import GradualQuantization, LayerSpec, QATCallback, QuantizerSpec, Recipe, Rule, Ternary, recipes
+from tests.callbacks._models import Net, StatefulLoader, assert_equal_states, fake_quantizers, fit, loader, state
+
+
+class Watching(Net):
+    """Remembers how far the weight that each step computes with is from latent weight and levels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[float, float, float]] = []
+        self.evaluated: list[float] = []
+
+    def _distance(self) -> float:
+        layer: Any = self.first
+        hard = layer.weight_quantizer.quantize(layer._parameters["weight"]).dequantize()
+        return float((layer.weight.detach() - hard).abs().max())
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        layer: Any = self.first
+        latent, quantizer = layer._parameters["weight"].detach(), layer.weight_quantizer
+        scale = quantizer.scale.detach().abs()
+        clipped = latent.clamp(quantizer.lo * scale, quantizer.hi * scale)
+        softness = 0.0 if quantizer.softness is None else float(quantizer.softness)
+        self.seen.append((softness, float((layer.weight.detach() - clipped).abs().max()), self._distance()))
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.evaluated.append(self._distance())
+        super().validation_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("recipe", ["int2", "ternary", "binary", "seq2", "bitnet"])
+def test_from_the_identity_to_rounding(recipe: str) -> None:
+    model = Watching()
+    if recipe == "bitnet":  # scales that are recomputed
+        fit(Net(), QATCallback(recipes.bitnet()), GradualQuantization(0.5), train=loader(64))
+        return
+    fit(model, QATCallback(recipes.named(recipe)), GradualQuantization(0.5), train=loader(64), val=loader(8),
+        val_check_interval=2, num_sanity_val_steps=1)  # fmt: skip
+    assert [round(softness, 6) for softness, _, _ in model.seen] == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0, 0.0, 0.0]
+    assert model.seen[0][1] < 1e-6  # the identity, within the range
+    assert all(distance > 0 for _, _, distance in model.seen[:3])
+    assert all(distance == 0 for _, _, distance in model.seen[4:])
+    assert model.evaluated == [0.0] * 5
+    assert all(quantizer.softness is None for quantizer in fake_quantizers(model).values())
+
+
+def test_every_parameter_trains_from_the_first_step() -> None:
+    model = Net()
+    before = None
+
+    class Start(Watching):
+        def on_train_start(self) -> None:
+            nonlocal before
+            before = state(self)
+
+    model = Start()
+    fit(model, QATCallback(recipes.int2()), GradualQuantization(1.0), limit_train_batches=1, max_steps=1)
+    assert before is not None
+    after = state(model)
+    assert all(not torch.equal(value, after[name]) for name, value in before.items() if "extra_state" not in name)
+
+
+def test_a_resumed_run_goes_on_bit_identically(tmp_path: Path) -> None:
+    def run(folder: Path, ckpt: Path | None = None) -> dict[str, Tensor]:
+        model = Net()
+        saves = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        train = StatefulLoader(list(loader()))
+        callbacks = [QATCallback(recipes.ternary()), GradualQuantization(0.6), saves]
+        fit(model, *callbacks, train=train, ckpt=ckpt, max_epochs=2, accumulate_grad_batches=2)
+        return state(model)
+
+    whole = run(tmp_path)
+    for step in (1, 2, 3):
+        assert_equal_states(run(tmp_path / "resumed", tmp_path / f"step={step}.ckpt"), whole)
+
+
+def test_only_the_layers_that_match() -> None:
+    model = Watching()
+    fit(model, QATCallback(recipes.int2()), GradualQuantization(1.0, match="head"))
+    assert all(distance == 0 for _, _, distance in model.seen)
+
+
+def test_a_run_that_breaks_off_leaves_rounding() -> None:
+    class Breaks(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            raise RuntimeError("broken")
+
+    model = Breaks()
+    with pytest.raises(RuntimeError, match="broken"):
+        fit(model, QATCallback(recipes.int2()), GradualQuantization())
+    assert all(quantizer.softness is None for quantizer in fake_quantizers(model).values())
+
+
+def test_clear_errors() -> None:
+    for fraction in (0, 1.5, "all"):
+        with pytest.raises(ValueError, match="fraction="):
+            GradualQuantization(fraction)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"match='haed' matches no layer .* there are \['first', 'head'\]"):
+        fit(Net(), QATCallback(recipes.int2()), GradualQuantization(match="haed"))
+    with pytest.raises(ValueError, match="QATCallback"):
+        fit(Net(), GradualQuantization())
+    with pytest.raises(ValueError, match="no end"):
+        fit(Net(), QATCallback(recipes.int2()), GradualQuantization(), max_epochs=-1)
+    wide = Recipe((Rule("*", LayerSpec(QuantizerSpec(Ternary(0.7)))),))
+    with pytest.raises(ValueError, match="not in the middle"):
+        fit(Net(), QATCallback(wide), GradualQuantization())
+    assert repr(GradualQuantization()) == "GradualQuantization(0.3, '*')"
