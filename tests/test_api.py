@@ -5,8 +5,8 @@ import lightning_qat
 EXPECTED = {
     "AbsMax", "AbsMean", "Binary", "BitAllocation", "Calibration", "Center", "Clipped", "ConversionReport",
     "Distillation", "ElementwiseScaling", "Entropy", "ExportCallback", "FakeQuantizer", "FeatureMatch",
-    "FisherError", "GPTQ", "GradualQuantization", "Hadamard", "HalfInt", "Int", "LayerSpec", "Learned", "LearnedSoft", "LoRA", "LossChange",
-    "MinimumError", "MovingAverage", "Normalize", "OscillationFreezing", "OutputDivergence", "OutputError",
+    "FisherError", "GPTQ", "GradualQuantization", "Hadamard", "HalfInt", "Int", "LayerSpec", "Learned", "LearnedSoft",
+    "LoRA", "LossChange", "MinimumError", "MovingAverage", "Normalize", "OscillationFreezing", "OutputDivergence", "OutputError",
     "ParameterGroup", "Penalty", "PerChannel", "PerGroup", "PerTensor", "PerToken", "Percentile", "Pi",
     "PlateauBitWidth", "ProgressiveBitWidth", "QATCallback", "QuantizationStatistics", "QuantizedTensor",
     "QuantizerSpec", "ReasoningMatch", "Recipe", "Regularization", "Rule", "Soft", "StraightThrough", "Ternary",
