@@ -12,6 +12,9 @@ from lightning_qat.losses._common import full_precision
 _CHUNK: Final = 1 << 17  # logits handled at a time on CPU: the temporaries then stay in the cache
 
 
+_WORTHWHILE: Final = 1 << 16  # logits from which on fewer passes earn the time of the calls
+
+
 class _Divergence(torch.autograd.Function):
     """Keeps softmax(student / T) - softmax(teacher / T) for backward, and nothing else."""
 
@@ -63,8 +66,13 @@ def _sums(weights: Tensor, log_first: Tensor, log_second: Tensor) -> Tensor:
     return (weights * ratio).sum(-1)
 
 
+def in_pieces(logits: Tensor) -> bool:
+    """Whether :func:`row_divergence` is the faster way."""
+    return logits.device.type == "cpu" and logits.numel() >= _WORTHWHILE and not torch.compiler.is_compiling()
+
+
 def row_divergence(student: Tensor, teacher: Tensor, temperature: float, mask: Tensor | None) -> Tensor:
-    """Return KL(softmax(teacher / T) || softmax(student / T)) of each position, 0 where masked; for eager mode on CPU.
+    """Return KL(softmax(teacher / T) || softmax(student / T)) of each position, 0 where masked.
 
     Args:
         student: Raw scores, `[..., classes]`.

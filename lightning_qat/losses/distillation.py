@@ -19,7 +19,7 @@ from lightning_qat.losses._common import (
     hide,
     masked_mean,
 )
-from lightning_qat.losses._divergence import row_divergence
+from lightning_qat.losses._divergence import in_pieces, row_divergence
 
 
 def kl_divergence(
@@ -41,7 +41,7 @@ def kl_divergence(
             whatever they hold. All positions masked: the loss is 0.
 
     Returns:
-        A scalar >= 0, float32 or float64. In eager mode on CPU it has first derivatives only.
+        A scalar >= 0, float32 or float64. In eager mode on CPU that of many logits has first derivatives only.
 
     Raises:
         ValueError: Shapes do not match, or the temperature is not positive.
@@ -55,7 +55,7 @@ def kl_divergence(
         >>> kl_divergence(teacher, teacher)
         tensor(0.)
     """
-    if student_logits.device.type == "cpu" and not torch.compiler.is_compiling():
+    if in_pieces(student_logits):
         _check_logits(student_logits, teacher_logits, mask)
         check_positive(temperature, name="temperature")
         return temperature**2 * masked_mean(row_divergence(student_logits, teacher_logits, temperature, mask), mask)

@@ -9,6 +9,18 @@ from lightning_qat.losses import kl_divergence
 from lightning_qat.losses._divergence import row_divergence
 
 
+@pytest.fixture(autouse=True)
+def _few_logits_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(implementation, "_WORTHWHILE", 0)
+
+
+def test_few_logits_take_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    student, teacher = torch.randn(6, 8, requires_grad=True), torch.randn(6, 8)
+    found = kl_divergence(student, teacher)
+    monkeypatch.setattr(implementation, "_WORTHWHILE", 1 << 16)
+    torch.testing.assert_close(kl_divergence(student, teacher), found)
+
+
 def test_gradient_by_finite_differences() -> None:
     student = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     teacher, mask = torch.randn(3, 5, dtype=torch.float64), torch.tensor([1.0, 0.0, 0.5])
