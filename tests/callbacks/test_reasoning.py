@@ -107,7 +107,8 @@ def test_the_sum_of_task_distillation_and_reasoning(automatic: bool, weights: Re
     """Two steps, against the total written out."""
     model, by_hand = Writer(automatic=automatic), Writer()
     match = replace(MATCH, weights=weights, weight=0.7)
-    fit(model, Distillation(teacher(), weight=0.5, reasoning=match), train=StatefulLoader(batches(2)))
+    callback = Distillation(teacher(), weight=0.5, temperature=2.0, reasoning=match)
+    fit(model, callback, train=StatefulLoader(batches(2)))
     for batch in batches(2):
         task = F.cross_entropy(by_hand(batch["tokens"]).flatten(0, 1), batch["targets"].flatten())
         theirs = reference(by_hand, teacher(), batch, weights)[""]
@@ -129,7 +130,7 @@ def test_student_and_teacher_run_once_per_step() -> None:
 
 def test_terms_are_logged() -> None:
     logger = Rows()
-    fit(Writer(), Distillation(teacher(), reasoning=MATCH), train=StatefulLoader(batches(1)), logger=logger,
+    fit(Writer(), Distillation(teacher(), weight=1.0, reasoning=MATCH), train=StatefulLoader(batches(1)), logger=logger,
         log_every_n_steps=1)  # fmt: skip
     ((_, row),) = [(step, row) for step, row in logger.rows if "distillation/reasoning" in row]
     for name, value in reference(Writer(), teacher(), batches(1)[0], ReasoningWeights()).items():
