@@ -5,10 +5,11 @@ trained ones bit for bit and its outputs on real batches, and returns an :class:
 format ``safetensors`` into ``{name: QuantizedTensor or Tensor}``; ``load(path, model)`` fills a freshly built module.
 """
 
+from lightning_qat.export.aotinductor import AotInductor
 from lightning_qat.export.api import export
 from lightning_qat.export.backend import Backend, Run, formats, register
 from lightning_qat.export.compressed_tensors import CompressedTensors
-from lightning_qat.export.errors import DamagedFileError, RefusedError, VerificationError
+from lightning_qat.export.errors import DamagedFileError, MissingCompilerError, RefusedError, VerificationError
 from lightning_qat.export.gguf import Gguf
 from lightning_qat.export.onnx import Onnx
 from lightning_qat.export.pt2 import Pt2
@@ -18,11 +19,13 @@ from lightning_qat.export.source import Source, read_source
 from lightning_qat.export.torchao import Torchao
 
 __all__ = [
+    "AotInductor",
     "Backend",
     "CompressedTensors",
     "DamagedFileError",
     "ExportReport",
     "Gguf",
+    "MissingCompilerError",
     "Onnx",
     "Pt2",
     "RefusedError",

@@ -46,6 +46,7 @@ def export(
         ValueError: an unknown format, or a model that is neither prepared nor baked.
         TypeError: an unknown option.
         ImportError: the format needs an extra.
+        MissingCompilerError: the format needs a C++ compiler.
         RefusedError: the format cannot hold the trained numbers exactly.
         VerificationError: the written file holds other numbers.
     """

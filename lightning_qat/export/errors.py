@@ -9,6 +9,11 @@ class DamagedFileError(ValueError):
 
 
 @final
+class MissingCompilerError(OSError):
+    """A compiler that a format needs is not installed; the message says what to install."""
+
+
+@final
 class RefusedError(ValueError):
     """A format that cannot hold the trained numbers exactly; the message says what to train with instead."""
 

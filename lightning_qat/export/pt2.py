@@ -50,13 +50,22 @@ class Pt2(Backend):
             program = torch.export.load(path)
         except (RuntimeError, ValueError, OSError, KeyError) as error:
             raise DamagedFileError(f"{path}: no torch.export program ({error})") from error
-        state = program.state_dict
-        weights = {
-            name: rebuilt(weight, {part: state[f"{name}_{part}"] for part in parts_of(weight)}).dequantize()
-            for name, weight in source.weights.items()
-        }
         stand = standing_in(source.model, program.module())
-        return weights, lambda batch: source.forward(stand, batch)
+        return weights_in(program, source), lambda batch: source.forward(stand, batch)
+
+
+def weights_in(program: torch.export.ExportedProgram, source: Source) -> dict[str, Tensor]:
+    """Return the dequantized weights of a program by name.
+
+    Args:
+        program: of :func:`trace`, whose ``state_dict`` holds codes and scales.
+        source: names the weights and describes their integers.
+    """
+    state = program.state_dict
+    return {
+        name: rebuilt(weight, {part: state[f"{name}_{part}"] for part in parts_of(weight)}).dequantize()
+        for name, weight in source.weights.items()
+    }
 
 
 def trace(model: nn.Module, source: Source, dynamic_dims: Sequence[int]) -> torch.export.ExportedProgram:

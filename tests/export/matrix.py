@@ -22,6 +22,8 @@ BOUNDS: Final = (100, 50, 35, 20)
 """Signal to noise ratios in decibels that a cell may promise; the largest that holds is shown."""
 
 WEIGHT_ONLY: Final = ("binary", "int2", "int3", "int4", "int8", "seq2", "ternary")
+FORMATS: Final = tuple(name for name in formats() if name != "aotinductor")
+"""The columns. What AOTInductor compiles is the program of ``pt2``, and a cell would take a minute."""
 ROWS: Final[dict[str, qat.Recipe]] = {
     **{name: recipes.named(name) for name in recipes.names()},
     **{
@@ -55,10 +57,10 @@ def reason(message: str) -> str:
 def render(cells: dict[tuple[str, str], str]) -> str:
     """The table in Markdown; reasons become numbered notes below it."""
     notes: list[str] = []
-    lines = ["| recipe | " + " | ".join(formats()) + " |", "|---" * (len(formats()) + 1) + "|"]
+    lines = ["| recipe | " + " | ".join(FORMATS) + " |", "|---" * (len(FORMATS) + 1) + "|"]
     for row in ROWS:
         shown = []
-        for format in formats():
+        for format in FORMATS:
             cell = cells[row, format]
             if cell.startswith("refused: "):
                 note = cell.removeprefix("refused: ")
@@ -88,7 +90,7 @@ def main() -> None:
     """Measures all cells and writes them into the document."""
     cells = {}
     for row in ROWS:
-        for format in formats():
+        for format in FORMATS:
             with tempfile.TemporaryDirectory() as folder:
                 cells[row, format] = outcome(row, format, Path(folder))
     head, _, rest = DOCUMENT.read_text(encoding="utf-8").partition(BEGIN)

@@ -19,7 +19,7 @@ from tests.export.models import MLP, prepared, vectors
 
 
 def test_formats() -> None:
-    assert formats() == ("compressed-tensors", "gguf", "onnx", "pt2", "safetensors", "torchao")
+    assert formats() == ("aotinductor", "compressed-tensors", "gguf", "onnx", "pt2", "safetensors", "torchao")
 
 
 @pytest.mark.parametrize("format", [name for name in formats() if registry._BACKENDS[name].packages])
