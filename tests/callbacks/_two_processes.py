@@ -11,7 +11,17 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 
-from lightning_qat import BitAllocation, Calibration, LoRA, ProgressiveBitWidth, QATCallback, prepare
+from lightning_qat import (
+    GPTQ,
+    BitAllocation,
+    Calibration,
+    GradualQuantization,
+    LoRA,
+    ProgressiveBitWidth,
+    QATCallback,
+    prepare,
+    recipes,
+)
 from tests.callbacks._models import LEARNED_INPUTS, Net, fake_quantizers, loader, state
 
 OPTIONS: dict[str, Any] = {
@@ -69,6 +79,14 @@ def lora(folder: Path) -> None:
     pl.Trainer(strategy="ddp", callbacks=callbacks, **OPTIONS).fit(Net(), loader())
 
 
+def compensated(folder: Path) -> None:
+    """GPTQ's rounding from the data of both processes, and rounding that sets in gradually."""
+    rounding = GPTQ(2)
+    callbacks = [QATCallback(recipes.int2()), rounding, GradualQuantization(0.5), Watch(folder)]
+    pl.Trainer(strategy="ddp", callbacks=callbacks, **OPTIONS).fit(Net(), loader())
+    assert list(rounding.compensated) == ["first", "head"]
+
+
 def fork(folder: Path) -> None:
     """Processes that hand their weights back to this one."""
     model = Net()
@@ -121,4 +139,6 @@ def shard(folder: Path) -> None:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    {"ddp": ddp, "bits": bits, "fork": fork, "lora": lora, "shard": shard}[sys.argv[1]](Path(sys.argv[2]))
+    {"ddp": ddp, "bits": bits, "compensated": compensated, "fork": fork, "lora": lora, "shard": shard}[sys.argv[1]](
+        Path(sys.argv[2])
+    )

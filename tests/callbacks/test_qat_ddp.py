@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_qat import calibrate, prepare
+from lightning_qat import calibrate, gptq, prepare, recipes
 from lightning_qat.conversion.calibrate import calibration_state
 from tests.callbacks._models import LEARNED_INPUTS, Net, assert_equal_states, loader, state
 
@@ -72,6 +72,17 @@ def test_adapters_train_alike_on_both_ranks(tmp_path: Path) -> None:
     assert_equal_states(ended, loaded(tmp_path / "end1.pt"))
     changed = {key for key in started if not torch.equal(started[key], ended[key])}
     assert changed == {key for key in started if key.endswith((".a", ".b", ".scale"))}
+
+
+def test_weights_are_rounded_by_the_data_of_both_ranks(tmp_path: Path) -> None:
+    run("compensated", tmp_path)
+    for when in ("start", "end"):
+        assert_equal_states(loaded(tmp_path / f"{when}0.pt"), loaded(tmp_path / f"{when}1.pt"))
+    alone = Net()
+    prepare(alone, recipes.int2())
+    gptq(alone, [x for x, _ in loader()])
+    for key, value in loaded(tmp_path / "start0.pt").items():
+        assert torch.allclose(value, state(alone)[key], atol=1e-6), key
 
 
 def test_forked_processes_hand_scales_back_to_a_prepared_model(tmp_path: Path) -> None:
