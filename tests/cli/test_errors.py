@@ -71,7 +71,8 @@ def test_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
         main()
     assert exit_.value.code == 0
     out = capsys.readouterr().out
-    for part in ("lightning-qat -m recipe=int8,int4", "recipe: binary", "data: arithmetic", "experiment: digit_images"):
+    groups = ("recipe: binary", "data: arithmetic", "experiment: arithmetic_reasoning, digit_images")
+    for part in ("lightning-qat -m recipe=int8,int4", *groups):
         assert part in out
     assert len(out.splitlines()) < 45, "a screenful"
 

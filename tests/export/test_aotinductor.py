@@ -58,9 +58,10 @@ def test_no_compiled_model(interpreted: None, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_missing_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
-    with pytest.raises(MissingCompilerError, match=r"needs a C\+\+ compiler, and none was found; install g\+\+"):
+def test_missing_compiler(tmp_path: Path) -> None:
+    absent = torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)})  # monkeypatch would hide it afterwards
+    message = r"needs a C\+\+ compiler, and none was found; install g\+\+"
+    with absent, pytest.raises(MissingCompilerError, match=message):
         export(prepared(MLP, "int4"), tmp_path / "model.pt2", format="aotinductor", batches=vectors())
     assert list(tmp_path.iterdir()) == []
 
