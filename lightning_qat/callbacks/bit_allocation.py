@@ -16,7 +16,7 @@ from lightning_qat.callbacks.bit_width import BitWidth, averaged_models
 from lightning_qat.callbacks.running import call_module, num_positional
 from lightning_qat.callbacks.tensorboard import writers
 from lightning_qat.callbacks.untouched import without_trace
-from lightning_qat.conversion.allocate import CANDIDATES, check_request, escaped, find_allocation
+from lightning_qat.conversion.allocate import CANDIDATES, check_measure, check_request, escaped, find_allocation
 from lightning_qat.conversion.allocation import Allocation
 from lightning_qat.conversion.regrid import regrid
 from lightning_qat.conversion.sensitivity import Forward, OutputDivergence, Sensitivity
@@ -57,7 +57,8 @@ class BitAllocation(pl.Callback):
         allocation: the table and what was chosen, or None before fit start.
 
     Raises:
-        TypeError: a candidate that is neither bits nor a grid; dataloaders that cannot be iterated.
+        TypeError: a candidate that is neither bits nor a grid; no list of them; a sensitivity of another kind;
+            dataloaders that cannot be iterated.
         ValueError: numbers out of range. At fit start: a model that is not prepared, a width that a layer cannot have
             or another callback sets, too, an average that no choice reaches, no batches, sharded weights, a checkpoint
             of a run without allocation.
@@ -84,6 +85,7 @@ class BitAllocation(pl.Callback):
         if not isinstance(num_batches, int) or num_batches < 1:
             raise ValueError(f"BitAllocation: num_batches={num_batches!r} is not allowed; choose a positive integer")
         _check_request(average_bits, candidates)
+        check_measure(sensitivity, "BitAllocation")
         check_loaders(dataloader, "BitAllocation")
         self.average_bits, self.candidates, self.num_batches = average_bits, tuple(candidates), num_batches
         self.dataloader, self.forward = dataloader, forward
@@ -201,7 +203,7 @@ class BitAllocation(pl.Callback):
 
 
 def _check_request(average_bits: float, candidates: Sequence[object]) -> None:
-    if any(isinstance(candidate, Recipe) for candidate in candidates):
+    if isinstance(candidates, Sequence) and any(isinstance(candidate, Recipe) for candidate in candidates):
         raise TypeError(
             "BitAllocation: a recipe is no candidate here, because the model is prepared already; give bits or grids, "
             "or train by the recipe that allocate_bits() returns, QATCallback(recipe)"

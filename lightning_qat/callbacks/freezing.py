@@ -22,6 +22,7 @@ from lightning_qat.conversion.view import adapter, latent, transformed
 from lightning_qat.functional.fake_quantize import dequantize, quantize
 from lightning_qat.functional.scaling import Sample
 from lightning_qat.metrics.oscillation import OscillationState, start_oscillation, track_oscillation
+from lightning_qat.quantization._checks import check_number
 from lightning_qat.schedules import CosineRamp, Ramp, value_at
 
 _THRESHOLD: Final = CosineRamp(0.01, start=0.1)
@@ -62,11 +63,11 @@ class OscillationFreezing(pl.Callback):
     """
 
     def __init__(self, threshold: float | Ramp = _THRESHOLD, *, momentum: float = 0.01, match: str = "*") -> None:
-        least, most = threshold.extremes if isinstance(threshold, Ramp) else (threshold, threshold)
-        if not 0 < least <= most < math.inf:
-            raise ValueError(f"OscillationFreezing: threshold={threshold} must be positive; default {_THRESHOLD}")
-        if not 0 < momentum <= 1:
-            raise ValueError(f"OscillationFreezing: momentum={momentum}; expected 0 < momentum <= 1")
+        allowed = f"a positive number or ramp; default {_THRESHOLD}"
+        for value in threshold.extremes if isinstance(threshold, Ramp) else (threshold,):
+            check_number("OscillationFreezing: threshold", value, allowed, holds=lambda v: 0 < v < math.inf)
+        allowed = "a number with 0 < momentum <= 1, such as 0.01"
+        check_number("OscillationFreezing: momentum", momentum, allowed, holds=lambda v: 0 < v <= 1)
         self.threshold, self.momentum, self.match = threshold, momentum, match
         self._weights: dict[str, _Freezable] = {}
         self._restored: dict[str, Any] = {}

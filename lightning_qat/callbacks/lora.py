@@ -1,6 +1,7 @@
 """LoRA: trains low-rank adapters and scales alone, and what is quantized is the merged weight."""
 
 import itertools
+from collections.abc import Iterable
 from typing import Any, Final, final
 
 import lightning.pytorch as pl
@@ -37,6 +38,7 @@ class LoRA(pl.Callback, ModuleHooks):
             starts from random values must.
 
     Raises:
+        TypeError: ``match`` or ``trainable`` is no text.
         ValueError: values that are not allowed. At the start of a stage: callbacks in the wrong order, a pattern that
             matches nothing, a rank above min(outputs, inputs) of a layer, sharded weights, an optimizer without the
             adapters, a checkpoint of another setting.
@@ -60,7 +62,7 @@ class LoRA(pl.Callback, ModuleHooks):
     ) -> None:
         check_low_rank(rank, alpha, dropout, base, "LoRA")
         self.rank, self.alpha, self.dropout, self.base = rank, alpha, dropout, base
-        self.match, self.trainable = _plain(match), _plain(trainable)
+        self.match, self.trainable = _plain(match, "match"), _plain(trainable, "trainable")
         self._names: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
@@ -161,8 +163,12 @@ class LoRA(pl.Callback, ModuleHooks):
             )
 
 
-def _plain(globs: Globs) -> str | tuple[str, ...]:
-    return globs if isinstance(globs, str) else tuple(globs)
+def _plain(globs: Globs, argument: str) -> str | tuple[str, ...]:
+    plain = (globs,) if isinstance(globs, str) else tuple(globs) if isinstance(globs, Iterable) else (globs,)
+    for glob in plain:
+        if not isinstance(glob, str):
+            raise TypeError(f"LoRA: {argument}={globs!r} is not a glob over names, such as '*.attention.*', or several")
+    return globs if isinstance(globs, str) else plain
 
 
 def merge_adapters(pl_module: "pl.LightningModule", checkpoint: dict[str, Any]) -> None:

@@ -56,6 +56,7 @@ class DelimiterMask:
         within: key of a mask of positions that may count, such as the solution without its problem; None: all.
 
     Raises:
+        TypeError: a delimiter that is no integer.
         ValueError: when called on a batch without such entries.
 
     Example:
@@ -67,6 +68,15 @@ class DelimiterMask:
     delimiter: int | Sequence[int]
     key: str | int = "tokens"
     within: str | int | None = None
+
+    def __post_init__(self) -> None:
+        several = isinstance(self.delimiter, Sequence) and not isinstance(self.delimiter, str)
+        ids = list(self.delimiter) if several and isinstance(self.delimiter, Sequence) else [self.delimiter]
+        if not ids or not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
+            raise TypeError(
+                f"DelimiterMask: delimiter={self.delimiter!r} is not the id of a token, an integer, or several; look "
+                "it up in the vocabulary, such as tokenizer.convert_tokens_to_ids"
+            )
 
     def __call__(self, batch: Any) -> Tensor:
         """Return the mask, boolean."""
@@ -111,7 +121,7 @@ class KindWeights:
         key: of the tokens in the batch.
 
     Raises:
-        ValueError: when called on a batch without that entry.
+        ValueError: a kind without a weight, a weight below 0; when called on a batch without that entry.
 
     Example:
         >>> import torch
@@ -122,6 +132,16 @@ class KindWeights:
     kinds: Mapping[int, StepKind]
     weights: Sequence[float] = (1.0, 1.5, 1.0, 2.0, 2.0)
     key: str | int = "tokens"
+
+    def __post_init__(self) -> None:
+        if not self.weights or min(self.weights) < 0:
+            raise ValueError(f"KindWeights: weights={self.weights!r}; expected one weight >= 0 for each kind of step")
+        unknown = {token: kind for token, kind in self.kinds.items() if int(kind) not in range(len(self.weights))}
+        if unknown:
+            raise ValueError(
+                f"KindWeights: kinds={unknown!r} have no weight; there are {len(self.weights)}, for the kinds 0 to "
+                f"{len(self.weights) - 1}: give more weights, or kinds of StepKind"
+            )
 
     def __call__(self, batch: Any) -> Tensor:
         """Return the weights, float32."""

@@ -34,7 +34,7 @@ class Penalty:
         match: glob over dotted layer names.
 
     Raises:
-        TypeError: ``loss`` is no function.
+        TypeError: ``loss`` is no function, ``match`` no text.
         ValueError: it takes what a weight does not have, or takes no weight; a weight that is negative or not finite.
 
     Example:
@@ -57,8 +57,13 @@ class Penalty:
                 f"Penalty: loss={self.loss!r} is not a function, such as lightning_qat.losses.grid_distance"
             )
         least = self.weight.extremes[0] if isinstance(self.weight, Ramp) else self.weight
-        if not 0 <= least < math.inf:
-            raise ValueError(f"Penalty: weight={self.weight} is not allowed; choose a value that is not negative")
+        if isinstance(least, bool) or not isinstance(least, int | float) or not 0 <= least < math.inf:
+            raise ValueError(
+                f"Penalty: weight={self.weight!r} is not allowed; choose a value not negative, or a ramp such as "
+                "CosineRamp(0.01)"
+            )
+        if not isinstance(self.match, str):
+            raise TypeError(f"Penalty: match={self.match!r} is not a glob over layer names, such as '*.feedforward.*'")
         parameters = inspect.signature(self.loss).parameters.values()
         missing = [p.name for p in parameters if p.default is p.empty and p.name not in QUANTITIES]
         if missing or not {"latent"} & set(self.takes):

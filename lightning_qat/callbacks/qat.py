@@ -285,6 +285,8 @@ def _restore_grids(pl_module: nn.Module, checkpoint: dict[str, Any]) -> None:
 
 
 def _checked(groups: Iterable[ParameterGroup]) -> tuple[ParameterGroup, ...]:
+    if isinstance(groups, ParameterGroup):
+        raise TypeError(f"QATCallback: groups={groups.label} is one group; give a list, [{groups!r}]")
     found = tuple(groups)
     for index, group in enumerate(found):
         if not isinstance(group, ParameterGroup):

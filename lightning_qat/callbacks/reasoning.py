@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_qat.callbacks.capture import describe, find_layers, find_tensor
 from lightning_qat.losses import ReasoningOutputs, ReasoningTerms, ReasoningWeights, chain_of_thought_fidelity
+from lightning_qat.quantization._checks import check_number
 
 _ALL = ReasoningWeights()
 
@@ -38,6 +39,7 @@ class ReasoningMatch:
         select: takes the hidden states from the layer's output; by default as :class:`Distillation` does.
 
     Raises:
+        TypeError: what is no function where one is needed, weights of another kind.
         ValueError: values out of range, an answer term without ``answer``. At fit start: a pattern that does not match
             one layer. In the first step: a batch without the named entry, masks of another shape than the tokens.
 
@@ -54,14 +56,30 @@ class ReasoningMatch:
     select: Callable[[Any], Tensor] | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.weight < float("inf"):
-            raise ValueError(f"ReasoningMatch: weight={self.weight} is not allowed; choose a value not negative")
+        self._check_kinds()
+        at_least_0 = "a value not negative"
+        check_number("ReasoningMatch: weight", self.weight, at_least_0, holds=lambda v: 0 <= v < float("inf"))
         if self.max_steps is not None and self.max_steps < 1:
             raise ValueError(f"ReasoningMatch: max_steps={self.max_steps}; choose at least 1, or None for all steps")
         if self.answer is None and self.weights.answer > 0:
             raise ValueError(
                 f"ReasoningMatch: weights.answer={self.weights.answer} without answer=...; pass a function of the "
                 "batch that marks the answer, such as BatchMask('answer_mask'), or weights=ReasoningWeights(answer=0.0)"
+            )
+
+    def _check_kinds(self) -> None:
+        for name in ("boundaries", "answer", "step_weights", "select"):
+            value = getattr(self, name)
+            if not callable(value) and (value is not None or name == "boundaries"):
+                hint = f"BatchMask({value!r})" if isinstance(value, str) else f"DelimiterMask({value!r})"
+                raise TypeError(
+                    f"ReasoningMatch: {name}={value!r} is not a function{'' if name == 'select' else ' of the batch'}; "
+                    f"give one{f', such as {hint}' if name in ('boundaries', 'answer') and value is not None else ''}"
+                )
+        if not isinstance(self.weights, ReasoningWeights):
+            raise TypeError(
+                f"ReasoningMatch: weights={self.weights!r} is not a ReasoningWeights; give ReasoningWeights(step=0.3, "
+                "trajectory=0.5, answer=0.2), or a preset, ReasoningWeights.named('mathematics')"
             )
 
     def find_layer(self, model: nn.Module) -> dict[str, nn.Module]:

@@ -39,7 +39,7 @@ class Regularization(pl.Callback, ModuleHooks):
         penalties: at least one.
 
     Raises:
-        TypeError: one is no `Penalty`.
+        TypeError: one is no `Penalty`, or it is no list.
         ValueError: none is given, or one twice. At fit start: a model that is not prepared, a pattern that matches no
             quantized weight, a ramp in a run without end.
 
@@ -49,6 +49,8 @@ class Regularization(pl.Callback, ModuleHooks):
     """
 
     def __init__(self, penalties: Iterable[Penalty]) -> None:
+        if isinstance(penalties, Penalty):
+            raise TypeError(f"Regularization: penalties={penalties!r} is one; give a list, [{penalties!r}]")
         self.penalties = tuple(penalties)
         for penalty in self.penalties:
             if not isinstance(penalty, Penalty):

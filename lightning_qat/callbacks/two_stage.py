@@ -64,6 +64,7 @@ class TwoStageSchedule(pl.Callback):
         warmup: share of the run in which the rate rises from 0, 0 <= warmup < switch; only with ``shape``.
 
     Raises:
+        TypeError: ``shape`` is no ramp.
         ValueError: a number out of range. At fit start: a module with a scheduler of its own while ``shape`` is given,
             a run without end.
 
@@ -81,6 +82,11 @@ class TwoStageSchedule(pl.Callback):
             raise ValueError(f"TwoStageSchedule: switch={switch}; expected a share of the run, 0 < switch < 1")
         if not 0 <= warmup < switch:
             raise ValueError(f"TwoStageSchedule: warmup={warmup}; expected 0 <= warmup < switch={switch}")
+        if shape is not None and not isinstance(shape, Ramp):
+            raise TypeError(
+                f"TwoStageSchedule: shape={shape!r} is not a ramp; give LinearRamp(0.0, start=1.0) or another, or None "
+                "to keep the module's own scheduler"
+            )
         if shape is not None and shape.extremes[0] < 0:
             raise ValueError(f"TwoStageSchedule: shape={shape} falls below 0")
         if shape is None and warmup:

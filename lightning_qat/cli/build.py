@@ -77,8 +77,17 @@ def build_stage(cfg: DictConfig) -> Stage:
     return Stage(
         data=build(cfg.data),
         model=build(cfg.model),
-        trainer=build(cfg.trainer, callbacks=_values(cfg.get("callbacks")), logger=_values(cfg.get("logger")) or False),
+        trainer=build(cfg.trainer, callbacks=build_callbacks(cfg), logger=_values(cfg.get("logger")) or False),
     )
+
+
+def build_callbacks(cfg: DictConfig) -> list[L.Callback]:
+    """Return the callbacks of a stage, freshly built.
+
+    Args:
+        cfg: of the stage.
+    """
+    return _values(cfg.get("callbacks"))
 
 
 def build_evaluator(cfg: DictConfig) -> L.Trainer:

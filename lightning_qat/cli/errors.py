@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 FULL_ERROR: Final = "HYDRA_FULL_ERROR"
 _NO_DEFAULT: Final = re.compile(r"Could not override '([^']+)'. No match in the defaults list")
 _UNEXPECTED: Final = re.compile(r"unexpected keyword argument '([^']+)'")
+_MISSING_POSITIONAL: Final = re.compile(r"missing \d+ required positional argument")
 _FULL_KEY: Final = re.compile(r"full_key: (\S+)")
 
 
@@ -92,9 +93,9 @@ def _unknown(key: str, allowed: Iterable[str], *, what: str) -> str:
 def _missing_config(error: MissingConfigException) -> str:
     wanted = error.missing_cfg_file or ""
     group, _, option = wanted.rpartition("/")
-    if not group or not error.options:
+    options = sorted(error.options or _options(group))  # Hydra knows none of a list, as in callbacks=[full,lora]
+    if not group or not options:
         return str(error).splitlines()[0]
-    options = sorted(error.options)
     return f"{group}={option}: no such option; choose from {', '.join(options)}.{nearest(option, options)}"
 
 
@@ -141,6 +142,8 @@ def _failed_call(error: InstantiationException) -> str:
         arguments = _arguments(target.group(1)) if target else []
         return _unknown(f"{key}.{unexpected.group(1)}".lstrip("."), arguments, what="argument")
     text = " ".join(str(cause).split())
+    if _MISSING_POSITIONAL.search(text):
+        text += "; give them, or add _partial_: true where the function itself is wanted"
     return f"{key}: {text}" if key else text
 
 
@@ -148,6 +151,12 @@ def _groups() -> list[str]:
     """Return the groups of our configuration."""
     folder = importlib.resources.files("lightning_qat.conf")
     return [entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("_")]
+
+
+def _options(group: str) -> list[str]:
+    """Return the options of one of our groups."""
+    folder = importlib.resources.files("lightning_qat.conf") / group
+    return [entry.name.removesuffix(".yaml") for entry in folder.iterdir()] if group in _groups() else []
 
 
 def _is_for_users(error: Exception) -> bool:

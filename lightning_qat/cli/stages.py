@@ -15,7 +15,16 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_qat.cli.build import FLOAT, QAT, Stage, build, build_evaluator, build_stage, stage_config
+from lightning_qat.cli.build import (
+    FLOAT,
+    QAT,
+    Stage,
+    build,
+    build_callbacks,
+    build_evaluator,
+    build_stage,
+    stage_config,
+)
 from lightning_qat.cli.float_cache import float_key, write_atomically
 from lightning_qat.cli.results import Measurement, num_bytes, test_metrics
 from lightning_qat.conversion import ConversionReport, bake, calibrate, load_checkpoint, prepare
@@ -75,15 +84,17 @@ def recorded_outputs(model: nn.Module) -> Iterator[OutputDigest]:
 
 
 def check_early(cfg: DictConfig) -> None:
-    """Raise what would otherwise come up only after the float training: recipes and formats that do not fit.
+    """Raise what would otherwise come up only after the float training: recipes, callbacks, formats that do not fit.
 
     Args:
         cfg: of the job.
 
     Raises:
+        InstantiationException: a callback objects to its arguments.
         ValueError: the recipe does not fit the model, or there is no such format of export.
     """
     backend_for(cfg.export.format, export_options(cfg))
+    build_callbacks(stage_config(cfg, QAT))
     convert(build(cfg.model), build(cfg.recipe))
 
 

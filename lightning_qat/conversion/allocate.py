@@ -98,17 +98,26 @@ def allocate_bits(
 
     Source: HAWQ-V3, arXiv:2011.10680 (the integer program), with measured sensitivities.
     """
+    check_request(average_bits, candidates)
+    check_measure(sensitivity, "allocate_bits")
     state = prepared_state(model)
     if state is not None and recipe is not None and recipe != state.recipe:
         raise ValueError("allocate_bits: the model is prepared by another recipe; leave recipe= out")
     base = state.recipe if state is not None else recipe or recipes.int4()
+    if isinstance(batches, Tensor):
+        raise TypeError(
+            "allocate_bits: batches is one tensor, whose rows would be taken for batches; give a list, [batches]"
+        )
     copied = copy.deepcopy(model)
     if state is None:
         prepare(copied, base, arithmetic="simulated")
-    allocation = find_allocation(
-        copied, batches, average_bits=average_bits, candidates=tuple(candidates), sensitivity=sensitivity,
-        forward=forward,
-    )  # fmt: skip
+    try:
+        allocation = find_allocation(
+            copied, batches, average_bits=average_bits, candidates=tuple(candidates), sensitivity=sensitivity,
+            forward=forward,
+        )  # fmt: skip
+    except ValueError as error:
+        raise ValueError(f"allocate_bits: {error}") from error
     return recipe_of(allocation, base, layers(copied))
 
 
@@ -171,14 +180,31 @@ def check_request(average_bits: float, candidates: Sequence[object]) -> None:
     """
     if isinstance(average_bits, bool) or not isinstance(average_bits, int | float) or not 0 < average_bits <= 8:
         raise ValueError(f"average_bits={average_bits!r} is not allowed; choose a number above 0, up to 8, such as 3.0")
+    if not isinstance(candidates, Sequence) or isinstance(candidates, str):
+        raise TypeError(f"candidates={candidates!r} is not a list; give two or more, such as (2, 3, 4, 8)")
     for candidate in candidates:
         if isinstance(candidate, bool) or not isinstance(candidate, int | Grid | Recipe):
             raise TypeError(
                 f"candidates: {candidate!r} is neither bits (1 to 8), a grid such as Ternary(), nor a recipe such as "
                 "recipes.int8()"
             )
+        if isinstance(candidate, int) and not 1 <= candidate <= 8:
+            raise ValueError(f"candidates: {candidate} bits are not allowed; choose 1 to 8, a grid or a recipe")
     if len(set(map(repr, candidates))) < max(2, len(candidates)):
         raise ValueError(f"candidates={tuple(candidates)!r} is not allowed; give two or more different ones")
+
+
+def check_measure(sensitivity: object, who: str) -> None:
+    """Check that a sensitivity is one, or None.
+
+    Raises:
+        TypeError: a name or a class in its place.
+    """
+    if sensitivity is not None and not isinstance(sensitivity, Sensitivity):
+        raise TypeError(
+            f"{who}: sensitivity={sensitivity!r} is not a Sensitivity; give OutputDivergence(), OutputError(), "
+            "LossChange() or FisherError()"
+        )
 
 
 def units(model: nn.Module, match: str = "*") -> list[Unit]:

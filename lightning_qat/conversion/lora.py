@@ -90,6 +90,7 @@ def add_lora(
 
     Source: the adapter: LoRA, arXiv:2106.09685; quantizing the merged weight: ruvLLM's LoRA-QAT, W_q = Q(W + BA).
     """
+    check_low_rank(rank, alpha, dropout, base, "add_lora")  # before float() has its own word
     settings = Settings(rank, float(alpha), float(dropout), base)
     return adapt(model, settings, match=match, trainable=trainable, complete=True)
 
@@ -111,7 +112,8 @@ def adapt(model: nn.Module, settings: "Settings", *, match: Globs, trainable: Gl
     for module, slot, low_rank in made:
         attach_adapter(module, slot, low_rank)
     refresh_scales(model)
-    freeze(model, trainable, complete)
+    if made or complete:  # nothing to train yet: freezing all would leave an optimizer without parameters
+        freeze(model, trainable, complete)
     return tuple(name for name, _, _ in owners)
 
 

@@ -134,9 +134,9 @@ class ArithmeticData(L.LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
+        if not isinstance(levels, Sequence) or not levels or not set(levels) <= set(LEVELS):
+            raise ValueError(f"levels={levels}: expected some of {list(LEVELS)}, such as (1, 2)")
         self.levels = list(levels)
-        if not self.levels or not set(self.levels) <= set(LEVELS):
-            raise ValueError(f"levels={self.levels}: expected some of {list(LEVELS)}")
         check_at_least(1, batch_size=batch_size, num_train=num_train, num_val=num_val, num_test=num_test)
         check_at_least(0, seed=seed, num_workers=num_workers)
         self.batch_size = batch_size

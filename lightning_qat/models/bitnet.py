@@ -24,6 +24,7 @@ def bitnet_recipe(quantize: str, *, normalize: Normalize | None = None) -> Recip
         normalize: Of the input before it is quantized, ``Normalize()`` or None.
 
     Raises:
+        TypeError: A normalization of another kind.
         ValueError: Another name.
 
     Example:
@@ -34,6 +35,8 @@ def bitnet_recipe(quantize: str, *, normalize: Normalize | None = None) -> Recip
         raise ValueError(
             f"quantize={quantize!r}: expected one of {sorted(_RECIPES)}; other grids: QuantizedTransformer"
         )
+    if normalize is not None and not isinstance(normalize, Normalize):
+        raise TypeError(f"normalize={normalize!r}: expected lightning_qat.Normalize(), or None for no normalization")
     return _RECIPES[quantize](normalize)
 
 

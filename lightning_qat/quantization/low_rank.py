@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qat.functional.low_rank import merge_low_rank, pack_base, unpack_base
+from lightning_qat.quantization._checks import check_number
 
 BASES: Final = {"same": None, "bfloat16": 16, "int8": 8, "int4": 4}
 """How the frozen weight is stored, and in how many bits."""
@@ -178,9 +179,8 @@ def check_low_rank(rank: int, alpha: float, dropout: float, base: str, who: str 
     """
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise ValueError(f"{who}: rank={rank!r} is not allowed; choose a positive integer such as 8")
-    if not 0 < alpha < float("inf"):
-        raise ValueError(f"{who}: alpha={alpha!r} is not allowed; choose a positive number such as {2 * rank}")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"{who}: dropout={dropout!r} is not allowed; choose a probability below 1, such as 0.05")
+    positive = f"a positive number such as {2 * rank}"
+    check_number(f"{who}: alpha", alpha, positive, holds=lambda v: 0 < v < float("inf"))
+    check_number(f"{who}: dropout", dropout, "a probability below 1, such as 0.05", holds=lambda v: 0 <= v < 1)
     if base not in BASES:
         raise ValueError(f"{who}: base={base!r} is not allowed; choose one of {sorted(BASES)}")

@@ -260,9 +260,10 @@ def test_repr_evaluates_back() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"threshold": 0.0}, r"threshold=0\.0 must be positive"),
-        ({"threshold": CosineRamp(0.0, start=0.1)}, "must be positive"),
-        ({"momentum": 0.0}, r"momentum=0\.0; expected 0 < momentum <= 1"),
+        ({"threshold": 0.0}, r"threshold=0\.0 is not allowed; choose a positive number or ramp"),
+        ({"threshold": "0.1"}, r"threshold='0\.1' is not allowed"),
+        ({"threshold": CosineRamp(0.0, start=0.1)}, "a positive number or ramp"),
+        ({"momentum": 0.0}, r"momentum=0\.0 is not allowed; choose a number with 0 < momentum <= 1"),
     ],
 )
 def test_errors_of_arguments(arguments: dict[str, Any], message: str) -> None:

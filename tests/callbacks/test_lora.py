@@ -143,12 +143,25 @@ def test_order() -> None:
 def test_settings_are_checked() -> None:
     with pytest.raises(ValueError, match="LoRA: rank=0 is not allowed"):
         LoRA(0)
+    with pytest.raises(ValueError, match="LoRA: alpha='16' is not allowed; choose a positive number such as 16"):
+        LoRA(alpha="16")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="LoRA: match=3 is not a glob over names"):
+        LoRA(match=3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"LoRA: first.weight: rank=7 exceeds min\(outputs, inputs\) = min\(8, 6\)"):
         fit(Net(), QATCallback(recipes.int4()), LoRA(7))
     with pytest.raises(ValueError, match=r"LoRA: match=\['hed'\] matches no quantized layer; there are first, head"):
         fit(Net("setup"), QATCallback(recipes.int4()), LoRA(2, match="hed"))
     callback = LoRA(4, 8.0, 0.1, match=("a", "b"), base="int8", trainable="head.*")
     assert repr(eval(repr(callback))) == repr(callback)
+
+
+def trained_alone(module: Any) -> Any:
+    return torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-2)
+
+
+def test_without_qat_the_message_is_ours_and_not_of_an_optimizer_that_finds_nothing_to_train() -> None:
+    with pytest.raises(ValueError, match=r"LoRA: Net has no quantized weight; .*QATCallback\(recipe\) before LoRA"):
+        fit(Net(optimizer=trained_alone), LoRA(2))
 
 
 def test_sharding_is_refused() -> None:

@@ -1,6 +1,7 @@
 """Masks: functions of a batch as values."""
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -49,6 +50,19 @@ def test_the_message_lists_what_is_there() -> None:
 def test_probabilities_are_no_mask() -> None:
     with pytest.raises(TypeError, match=r"boundaries has dtype torch\.float32"):
         BatchMask("p")({"p": torch.rand(2, 3)})
+
+
+@pytest.mark.parametrize("delimiter", [";", [], [9, ";"], True, None])
+def test_delimiters_are_ids(delimiter: Any) -> None:
+    with pytest.raises(TypeError, match="is not the id of a token, an integer, or several"):
+        DelimiterMask(delimiter)
+
+
+def test_every_kind_needs_a_weight() -> None:
+    with pytest.raises(ValueError, match=r"kinds=\{9: 7\} have no weight; there are 5, for the kinds 0 to 4"):
+        KindWeights({9: 7})  # type: ignore[dict-item]
+    with pytest.raises(ValueError, match=r"weights=\(1, -1\); expected one weight >= 0"):
+        KindWeights({9: StepKind.SETUP}, weights=(1, -1))
 
 
 def test_they_are_values() -> None:

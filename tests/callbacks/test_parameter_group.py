@@ -87,6 +87,8 @@ def test_values_out_of_range(arguments: dict[str, Any], error: type[Exception], 
 def test_arguments_of_the_callback() -> None:
     with pytest.raises(TypeError, match=r"groups\[0\]='\*' is not a ParameterGroup"):
         QATCallback(groups=["*"])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match=r"groups=ParameterGroup\('2', kind='weights'\) is one group; give a list"):
+        QATCallback(groups=HEAD)  # type: ignore[arg-type]
     twice = ParameterGroup("2", kind="weights")
     with pytest.raises(ValueError, match=r"ParameterGroup\('2', kind='weights'\) is given twice"):
         QATCallback(groups=[HEAD, twice])

@@ -252,6 +252,18 @@ def test_values_out_of_range() -> None:
             replace(MATCH, **changes)
     with pytest.raises(ValueError, match=r"'physics' is no preset; choose one of \['default', 'mathematics', 'code'\]"):
         ReasoningWeights.named("physics")
+    for changes, message in (
+        (
+            {"boundaries": "step_mask"},
+            r"boundaries='step_mask' is not a function of the batch; .* BatchMask\('step_mask'\)",
+        ),
+        ({"boundaries": 15}, r"boundaries=15 is not a function of the batch; .* DelimiterMask\(15\)"),
+        ({"boundaries": None}, "boundaries=None is not a function of the batch"),
+        ({"select": 0}, "select=0 is not a function; give one"),
+        ({"weights": (0.3, 0.5, 0.2)}, r"is not a ReasoningWeights; .* ReasoningWeights.named\('mathematics'\)"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            replace(MATCH, **changes)
     assert ReasoningWeights.named("mathematics") == ReasoningWeights.mathematics()
     assert ReasoningWeights.named("default") == ReasoningWeights()
 

@@ -205,6 +205,13 @@ def test_errors_of_arguments(arguments: dict[str, Any], message: str) -> None:
         TwoStageSchedule(**arguments)
 
 
+def test_a_shape_by_name_is_refused() -> None:
+    with pytest.raises(
+        TypeError, match=r"shape='cosine' is not a ramp; give LinearRamp\(0\.0, start=1\.0\)"
+    ):
+        TwoStageSchedule(shape="cosine")  # type: ignore[arg-type]
+
+
 def test_errors_at_fit_start() -> None:
     module = Net(optimizer=scheduled(SCHEDULERS["StepLR"]))
     with pytest.raises(ValueError, match=r"Net has a scheduler of its own, StepLR; .* TwoStageSchedule\(shape=None\)"):

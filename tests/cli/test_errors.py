@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
@@ -43,6 +44,10 @@ def message(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
         ("trainer.limit_train_batches=1", ["does not list this argument", "+trainer.limit_train_batches="]),
         ("qat.trainer.max_epoch=1", ["qat.trainer.max_epoch", "Did you mean max_epochs?"]),
         ("recipe.groupsize=32", ["recipe.groupsize", "Did you mean group_size?"]),
+        (
+            "callbacks=[full,lorra]",
+            ["callbacks=lorra: no such option", "bit_allocation, calibration", "Did you mean lora?"],
+        ),
         ("callbacks.calibraton.num_batches=2", ["callbacks.calibraton", "Did you mean calibration?"]),
         ("recipe=[int4", ["'recipe=[int4' cannot be read"]),
         ("trainer.limit_train_batch=1", ["Did you mean limit_train_batches?"]),
@@ -103,3 +108,26 @@ def test_bugs_keep_their_trace() -> None:
     assert explain(ZeroDivisionError()) is None
     with pytest.raises(ZeroDivisionError), one_message("program"):
         raise ZeroDivisionError
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["callbacks=[full,lora]", "callbacks.lora.rank=0"], "callbacks.lora: LoRA: rank=0 is not allowed"),
+        (["callbacks=[full,regularization]", "~callbacks.regularization.penalties",
+          "+callbacks.regularization.penalties=[{_target_: lightning_qat.Penalty, loss: {_target_: "
+          "lightning_qat.losses.sparsity}}]"],
+         "penalties[0].loss: sparsity() missing 1 required positional argument: 'latent'; give them, or add _partial_"),
+    ],
+)  # fmt: skip
+def test_callbacks_object_before_anything_is_trained(
+    overrides: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lightning-qat", *overrides])
+    with pytest.raises(SystemExit):
+        main()
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert "float training" not in captured.out

@@ -293,6 +293,7 @@ def test_refusals() -> None:
         ({"rank": 0}, "rank=0 is not allowed; choose a positive integer such as 8"),
         ({"rank": True}, "rank=True is not allowed"),
         ({"alpha": -1.0}, "alpha=-1.0 is not allowed; choose a positive number such as 4"),
+        ({"alpha": "16"}, "add_lora: alpha='16' is not allowed"),
         ({"dropout": 1.0}, "dropout=1.0 is not allowed; choose a probability below 1"),
         ({"base": "int3"}, "base='int3' is not allowed; choose one of"),
         ({"match": "first"}, r"match=\['first'\] matches no quantized layer; there are 0, 2"),

@@ -224,5 +224,7 @@ def test_errors_list_what_is_allowed() -> None:
         QuantizedTransformer(5, quantize="int5")
     with pytest.raises(ValueError, match=r"quantize='int4': expected one of \['binary', 'ternary'\]"):
         BitNet(5, quantize="int4")
+    with pytest.raises(TypeError, match=r"normalize=True: expected lightning_qat.Normalize\(\), or None"):
+        BitLinear(6, 3, normalize=True)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="hidden_size=30 is not a multiple of num_heads=4"):
         QuantizedTransformer(5, hidden_size=30)
