@@ -16,6 +16,7 @@ from lightning_qat import (
     QuantizerSpec,
     Recipe,
     Rule,
+    add_lora,
     codes,
     gptq,
     prepare,
@@ -140,3 +141,17 @@ def test_clear_errors() -> None:
         gptq(model, [data()], damping=0)
     with pytest.raises(ValueError, match="rounds=0"):
         gptq(model, [data()], rounds=0)
+
+
+@pytest.mark.parametrize("base", ["same", "bfloat16", "int8", "int4"])
+def test_weights_under_adapters_move_only_where_they_are_stored_whole(base: str) -> None:
+    model = net()
+    prepare(model, recipes.int4())
+    add_lora(model, 2, base=base)
+    before = codes(model)
+    found = gptq(model, [data()])
+    assert list(found) == (["0", "2"] if base == "same" else [])
+    changed = [name for name, tensor in codes(model).items() if not torch.equal(tensor.codes, before[name].codes)]
+    assert bool(changed) == (base == "same")
+    torch.nn.init.ones_(model[0].weight_quantizer_lora.b)  # type: ignore[union-attr, arg-type]
+    assert "0" not in gptq(model, [data()])
