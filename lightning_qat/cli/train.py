@@ -144,8 +144,13 @@ def _title(metrics: dict[str, Any]) -> str:
 def _say_where(console: Console, folder: Path, report: ExportReport, seconds: float) -> None:
     console.print("The baked model reproduces the trained one bit for bit on all test data.")
     console.print(f"{report.path.name}: {report.num_bytes:,} bytes, weights read back bit for bit.")
-    console.print(f"Results in [bold]{folder}[/] after {seconds:.0f} s: metrics.json, results.png, layers.txt, "
-                  f"{report.path.name}, checkpoints/, tensorboard/")  # fmt: skip
+    console.print(f"Results in [bold]{folder}[/] after {seconds:.0f} s: {', '.join(_entries(folder))}")
+
+
+def _entries(folder: Path) -> list[str]:
+    """Return what a run left, also what its callbacks wrote; a folder ends with a slash."""
+    found = sorted(folder.iterdir(), key=lambda path: (path.is_dir(), path.name))
+    return [path.name + "/" * path.is_dir() for path in found if not path.name.startswith(".")]
 
 
 def _sweep_cache() -> Path | None:

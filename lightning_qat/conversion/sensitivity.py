@@ -95,6 +95,8 @@ class OutputDivergence(Sensitivity):
 
     Args:
         dim: of the classes, in the output.
+
+    Source: the sensitivity of ZeroQ, arXiv:2001.00281 section 3.2, here one layer and one width at a time.
     """
 
     dim: int = -1
@@ -122,7 +124,10 @@ class OutputDivergence(Sensitivity):
 @final
 @dataclass(frozen=True)
 class OutputError(Sensitivity):
-    """Squared change of the output, relative to the variance of the output in float: for regression."""
+    """Squared change of the output, relative to the variance of the output in float: for regression.
+
+    Source: the reciprocal of the signal-to-noise ratio of the output, by which arXiv:2302.05397 section 3 ranks layers.
+    """
 
     @property
     @override
@@ -143,7 +148,10 @@ def _relative_error(reference: Any, quantized: Any) -> Tensor:
 @final
 @dataclass(frozen=True)
 class LossChange(Sensitivity):
-    """Change of the loss. Sees the labels, and so also the noise of few batches: it may be negative."""
+    """Change of the loss. Sees the labels, and so also the noise of few batches: it may be negative.
+
+    Source: the definition, of which HAWQ-V3, arXiv:2011.10680 section 3.4, takes the second order.
+    """
 
     needs_loss: ClassVar[bool] = True
 

@@ -137,6 +137,8 @@ def sparsity(latent: Tensor) -> Tensor:
     Returns:
         A scalar >= 0, float32 or float64.
 
+    Source: the lasso, Tibshirani 1996; a mean in the place of the sum, so that layers of all sizes weigh alike.
+
     Example:
         >>> sparsity(torch.tensor([-1.0, 0.0, 3.0]))
         tensor(1.3333)
@@ -156,6 +158,8 @@ def smoothness(latent: Tensor, *, dim: int = -1) -> Tensor:
 
     Raises:
         ValueError: There are no neighbors along the dimension.
+
+    Source: the roughness penalty of Whittaker 1923 with first differences; among the penalties of BitNet-Rust's QAT.
 
     Example:
         >>> smoothness(torch.tensor([[0.0, 1.0, 3.0]]))

@@ -206,9 +206,7 @@ def test_errors_of_arguments(arguments: dict[str, Any], message: str) -> None:
 
 
 def test_a_shape_by_name_is_refused() -> None:
-    with pytest.raises(
-        TypeError, match=r"shape='cosine' is not a ramp; give LinearRamp\(0\.0, start=1\.0\)"
-    ):
+    with pytest.raises(TypeError, match=r"shape='cosine' is not a ramp; give LinearRamp\(0\.0, start=1\.0\)"):
         TwoStageSchedule(shape="cosine")  # type: ignore[arg-type]
 
 

@@ -53,7 +53,8 @@ def test_files_and_table(compose_job: Compose, tmp_path: Path, capsys: pytest.Ca
     assert description["version"]
     assert "backbone.blocks.0.attention.qkv.weight" in str(description)
     out = capsys.readouterr().out
-    for text in ("float", "post-training", "QAT", "accuracy", "loss", "size in bytes", "bits per weight", str(folder)):
+    for text in ("float", "post-training", "QAT", "accuracy", "loss", "size in bytes", "bits per weight", str(folder),
+                 "model.json", "checkpoints/"):  # fmt: skip
         assert text in out
     loaded = load(folder / "model.safetensors", type(objects["float_model"])(hidden_size=16, num_layers=1))
     samples = torch.rand(2, 8, 8)
