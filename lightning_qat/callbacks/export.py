@@ -14,7 +14,7 @@ from lightning_qat.callbacks.running import Forward, call_module
 from lightning_qat.callbacks.untouched import without_trace
 from lightning_qat.conversion.undisturbed import undisturbed_loaders
 from lightning_qat.export import export
-from lightning_qat.export.backend import backend_for
+from lightning_qat.export.backend import backend_for, check_name
 
 
 @final
@@ -33,7 +33,8 @@ class ExportCallback(pl.Callback):
         options: fields of the back end, such as ``opset=23``.
 
     Raises:
-        ValueError: an unknown format or a negative ``num_batches``; at fit end also a model that is not prepared.
+        ValueError: an unknown format, a path with the ending of another one, or a negative ``num_batches``; at fit end
+            also a model that is not prepared.
         TypeError: an unknown option.
         ImportError: the format needs an extra.
     """
@@ -50,7 +51,7 @@ class ExportCallback(pl.Callback):
     ) -> None:
         if not isinstance(num_batches, int) or num_batches < 0:
             raise ValueError(f"ExportCallback: num_batches={num_batches!r} is not allowed; choose 0 or more")
-        backend_for(format, options)
+        check_name(Path(path), backend_for(format, options))
         self.path, self.format, self.num_batches = Path(path), format, num_batches
         self.dataloader, self.forward, self.options = dataloader, forward, options
 

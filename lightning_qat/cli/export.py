@@ -19,7 +19,7 @@ from lightning_qat.cli.results import wide_console
 from lightning_qat.cli.stages import run_batch
 from lightning_qat.conversion import load_checkpoint
 from lightning_qat.export import ExportReport, export, formats
-from lightning_qat.export.backend import backend_for
+from lightning_qat.export.backend import backend_for, check_name
 
 USAGE: Final = """\
 lightning-qat-export CHECKPOINT [format=FORMAT] [output=FILE] [options.NAME=VALUE ...] [model.NAME=VALUE ...]
@@ -48,7 +48,8 @@ def checkpoint_of(path: Path) -> Path:
     """
     found = path / "checkpoints" / "qat.ckpt" if path.is_dir() else path
     if not found.is_file():
-        raise ValueError(f"{path}: no checkpoint; expected a file, or a run's folder with checkpoints/qat.ckpt")
+        hint = "; the checkpoint comes first, then NAME=VALUE" if "=" in path.name and not path.suffix else ""
+        raise ValueError(f"{path}: no checkpoint; expected a file, or a run's folder with checkpoints/qat.ckpt{hint}")
     return found
 
 
@@ -70,8 +71,11 @@ def export_config(checkpoint: Path, overrides: list[str]) -> DictConfig:
         overrides: in Hydra's grammar, such as ``format=onnx`` and ``model.hidden_size=64``.
 
     Raises:
-        ValueError: a key that does not exist; the message lists those that do and the nearest.
+        ValueError: a key that does not exist; the message lists those that do and the nearest. A value out of range.
     """
+    dashed = next((each for each in overrides if each.startswith("-")), None)
+    if dashed is not None:
+        raise ValueError(f"{dashed}: values are given without dashes, as NAME=VALUE, such as format=onnx")
     text = importlib.resources.files("lightning_qat.conf").joinpath("export.yaml").read_text(encoding="utf-8")
     cfg = OmegaConf.merge(OmegaConf.create(text), run_config(checkpoint))
     assert isinstance(cfg, DictConfig)  # noqa: S101
@@ -84,6 +88,8 @@ def export_config(checkpoint: Path, overrides: list[str]) -> DictConfig:
         if not rest and root in _ARGUMENT_NODES:
             raise ValueError(f"{key}: holds several values; set one of them, such as {root}._target_=...")
         OmegaConf.update(cfg, key, override.value(), force_add=True)
+    if not isinstance(cfg.num_batches, int) or cfg.num_batches < 0:
+        raise ValueError(f"num_batches={cfg.num_batches!r} is not allowed; choose 0 or more")
     return cfg
 
 
@@ -124,13 +130,19 @@ def export_checkpoint(path: Path, overrides: list[str]) -> ExportReport:
     Args:
         path: a checkpoint, or the folder of a run.
         overrides: of conf/export.yaml, in Hydra's grammar.
+
+    Raises:
+        ValueError: an artifact that would take the place of the checkpoint, or has the ending of another format.
     """
     checkpoint = checkpoint_of(path)
     cfg = export_config(checkpoint, overrides)
     options: dict[str, Any] = dict(cfg.options)
-    suffix = backend_for(cfg.format, options).suffix
+    backend = backend_for(cfg.format, options)
+    output = Path(cfg.output) if cfg.output else checkpoint.with_name(f"{checkpoint.stem}{backend.suffix}")
+    if output.resolve() == checkpoint.resolve():
+        raise ValueError(f"{output}: is the checkpoint, which the artifact would replace; give output=ANOTHER_NAME")
+    check_name(output, backend)
     model = load_trained(cfg, checkpoint)
-    output = Path(cfg.output) if cfg.output else checkpoint.with_name(f"{checkpoint.stem}{suffix}")
     batches = _batches(cfg)
     return export(model, output, format=cfg.format, batches=batches, forward=run_batch, **options)
 

@@ -3,10 +3,11 @@
 ``export(model, path, format=...)`` writes a prepared or baked model, reads the file back, compares its weights with the
 trained ones bit for bit and its outputs on real batches, and returns an :class:`ExportReport`. ``load(path)`` reads the
 format ``safetensors`` into ``{name: QuantizedTensor or Tensor}``; ``load(path, model)`` fills a freshly built module.
+``check(path)`` says of a file of any format whether it is still the one that was proven.
 """
 
 from lightning_qat.export.aotinductor import AotInductor
-from lightning_qat.export.api import export
+from lightning_qat.export.api import check, export
 from lightning_qat.export.backend import Backend, Run, formats, register
 from lightning_qat.export.compressed_tensors import CompressedTensors
 from lightning_qat.export.errors import DamagedFileError, MissingCompilerError, RefusedError, VerificationError
@@ -34,6 +35,7 @@ __all__ = [
     "Source",
     "Torchao",
     "VerificationError",
+    "check",
     "describe",
     "export",
     "formats",

@@ -1,9 +1,6 @@
 """AOTInductor: a ``.pt2`` package with the model as compiled native code, and the traced program that it came from."""
 
-import json
-import re
-import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Final, final
@@ -12,19 +9,15 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_qat.export.archive import check_archive
 from lightning_qat.export.backend import Backend, Run, register
 from lightning_qat.export.compressed import compress, standing_in
-from lightning_qat.export.errors import DamagedFileError, MissingCompilerError
+from lightning_qat.export.errors import MissingCompilerError, reading
 from lightning_qat.export.pt2 import trace, weights_in
 from lightning_qat.export.source import Source
 
 MODEL: Final = "model"
 """The name under which torch's own loaders look for the program and for the compiled model."""
-
-_RECORD: Final = re.compile(
-    r"(\.data/)?\w+|data/weights/weight_\d+|data/constants/tensor_\d+|data/(weights|constants)/model_\w+_config\.json"
-    r"|models/model\.json|data/sample_inputs/model\.pt|data/aotinductor/model/[^/]+"
-)
 
 
 @final
@@ -63,14 +56,12 @@ class AotInductor(Backend):
     @override
     def read(self, path: Path, source: Source) -> tuple[Mapping[str, Tensor], Run]:
         archive = _archive()
-        try:
+        with reading(path, "a package of AOTInductor with its program"):
             check_archive(path)
             contents = archive.load_pt2(path)
             program, runner = contents.exported_programs[MODEL], contents.aoti_runners[MODEL]
-        except (zipfile.BadZipFile, RuntimeError, ValueError, OSError, EOFError, LookupError, AssertionError) as error:
-            raise DamagedFileError(f"{path}: no package of AOTInductor with its program ({error})") from error
-        stand = standing_in(source.model, runner)
-        return weights_in(program, source), lambda batch: source.forward(stand, batch)
+            weights, stand = weights_in(program, source), standing_in(source.model, runner)
+        return weights, lambda batch: source.forward(stand, batch)
 
 
 def need_compiler() -> None:
@@ -102,36 +93,6 @@ def compiled(program: torch.export.ExportedProgram) -> Any:
     module: Any = program.module()
     args, kwargs = program.example_inputs
     return aot_compile(module, args, kwargs, options={"aot_inductor.package": True})
-
-
-def check_archive(path: Path) -> None:
-    """Check the sums of all entries, and that none of them would be unpickled.
-
-    Args:
-        path: a package.
-
-    Raises:
-        DamagedFileError: a broken entry, or one that could run code when the program is read.
-        zipfile.BadZipFile: no archive.
-    """
-    with zipfile.ZipFile(path) as archive:
-        broken = archive.testzip()
-        if broken is not None:
-            raise DamagedFileError(f"the checksum of {broken} is wrong")
-        foreign = next(_foreign(archive), None)
-    if foreign is not None:
-        raise DamagedFileError(f"{foreign} is no plain tensor; packages that unpickle anything are not read")
-
-
-def _foreign(archive: zipfile.ZipFile) -> Iterator[str]:
-    """Yield entries that are neither text, raw tensors nor compiled files, and tensors that are said to be pickled."""
-    for entry in archive.infolist():
-        record = entry.filename.partition("/")[2]  # the first folder is named as the file was, once
-        if not _RECORD.fullmatch(record) or (record.endswith(".pt") and entry.file_size > 0):
-            yield record
-        elif record.startswith(("data/weights/", "data/constants/")) and record.endswith("_config.json"):
-            config = json.loads(archive.read(entry))["config"]
-            yield from (f"{record}: {name}" for name, tensor in config.items() if tensor["use_pickle"])
 
 
 def _archive() -> Any:

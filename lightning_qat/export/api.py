@@ -1,7 +1,7 @@
-"""export(): write, read back, compare, and only then give the file its name."""
+"""export(): write, read back, compare, and only then give the file its name. check(): whether it is still that file."""
 
+import json
 import os
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_qat.export.backend import Backend, Run, backend_for
-from lightning_qat.export.errors import RefusedError, VerificationError
-from lightning_qat.export.report import Comparison, ExportReport, evaluating, path_size
+from lightning_qat.export.backend import Backend, Run, backend_for, check_name
+from lightning_qat.export.errors import DamagedFileError, RefusedError, VerificationError
+from lightning_qat.export.files import checksums, move, place_problem, remove
+from lightning_qat.export.report import Comparison, ExportReport, evaluating, path_size, report_path
 from lightning_qat.export.source import Forward, Source, read_source
 
 
@@ -43,29 +44,64 @@ def export(
         Sizes and measured differences.
 
     Raises:
-        ValueError: an unknown format, or a model that is neither prepared nor baked.
-        TypeError: an unknown option.
+        ValueError: an unknown format, a path that does not fit it, or a model that is neither prepared nor baked.
+        TypeError: an unknown option, or batches that are one batch.
         ImportError: the format needs an extra.
         MissingCompilerError: the format needs a C++ compiler.
         RefusedError: the format cannot hold the trained numbers exactly.
         VerificationError: the written file holds other numbers.
     """
-    backend = backend_for(format, options)
+    backend, path = backend_for(format, options), Path(path)
+    check_name(path, backend)
+    problem = place_problem(path, backend.name, backend.suffix, backend.files)
+    if problem:
+        raise ValueError(f"export: {problem}")
     source = read_source(model, batches, forward)
     refusal = backend.refusal(source)
     if refusal:
         raise RefusedError(f"format={format!r}: {refusal}")
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{backend.suffix}")
     try:
         backend.write(source, temporary)
         comparison = _verify(backend, source, model, temporary)
-        _move(temporary, path)
+        report = _report(path, temporary, backend, source, comparison)
+        move(temporary, path)
+        report.save()
     finally:
-        _remove(temporary)
-    report = _report(path, backend, source, comparison)
-    report.save()
+        remove(temporary)
+    return report
+
+
+def check(path: str | Path) -> dict[str, Any]:
+    """Compare an artifact of any format with the checksums that its export stored in ``<path>.report.json``.
+
+    Most formats have no checksum of their own, so that their readers would compute with damaged numbers.
+
+    Args:
+        path: the file or folder. Files that were put into the folder later are no concern.
+
+    Returns:
+        What the report says, see :class:`ExportReport`.
+
+    Raises:
+        FileNotFoundError: no artifact, or no report beside it.
+        DamagedFileError: another file than the one that was proven, or a damaged report.
+    """
+    path = Path(path)
+    for needed in (path, report_path(path)):
+        if not needed.exists():
+            raise FileNotFoundError(f"check: path={str(needed)!r} does not exist")
+    try:
+        report: dict[str, Any] = json.loads(report_path(path).read_text(encoding="utf-8"))
+        proven = dict(report["checksums"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DamagedFileError(f"{report_path(path)}: no report of an export ({error!r})") from error
+    found = checksums(path)
+    changed = [name for name in proven if found.get(name) != proven[name]]
+    if changed or not proven:
+        names = ", ".join(str(path / name) for name in changed) or path
+        raise DamagedFileError(f"{names}: damaged or changed after the export; export the checkpoint again")
     return report
 
 
@@ -83,7 +119,7 @@ def _verify(backend: Backend, source: Source, trained: nn.Module, path: Path) ->
         with evaluating(trained):
             expected = source.forward(trained, batch)
         _compare(comparison, expected, run, batch, backend)
-    if comparison.sqnr < backend.least_sqnr:
+    if not comparison.sqnr >= backend.least_sqnr:
         raise VerificationError(
             f"format={backend.name!r}: outputs of the artifact are {comparison.sqnr:.1f} dB from the trained model's "
             f"(max abs {comparison.max_abs:.3g}); at least {backend.least_sqnr:g} dB are required"
@@ -100,36 +136,29 @@ def is_same(actual: Tensor, expected: Tensor) -> bool:
 
 def _compare(comparison: Comparison, expected: Any, run: Run, batch: Any, backend: Backend) -> None:
     with torch.random.fork_rng(), torch.no_grad():
-        actual = run(batch)
+        try:
+            actual = run(batch)
+        except Exception as error:  # of a foreign runtime
+            raise VerificationError(
+                f"format={backend.name!r}: the artifact does not run on batch {comparison.num_batches} ({error})"
+            ) from error
     try:
         comparison.update(expected, actual)
     except ValueError as error:
         raise VerificationError(f"format={backend.name!r}: {error}") from error
 
 
-def _report(path: Path, backend: Backend, source: Source, comparison: Comparison) -> ExportReport:
+def _report(path: Path, written: Path, backend: Backend, source: Source, comparison: Comparison) -> ExportReport:
     compared = comparison.num_batches > 0
     return ExportReport(
         path=path,
         format=backend.name,
-        num_bytes=path_size(path),
+        num_bytes=path_size(written),
         float_bytes=source.float_bytes,
         exact=comparison.is_equal,
         num_batches=comparison.num_batches,
         max_abs=comparison.max_abs if compared else None,
         sqnr=comparison.sqnr if compared else None,
         agreement=comparison.agreement if compared else None,
+        checksums=checksums(written),
     )
-
-
-def _move(temporary: Path, path: Path) -> None:
-    if temporary.is_dir() and path.is_dir():
-        shutil.rmtree(path)  # a folder cannot be replaced at once
-    os.replace(temporary, path)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
+from lightning_qat.export.files import name_problem
 from lightning_qat.export.source import Source
 
 Run = Callable[[Any], Any]
@@ -22,6 +23,8 @@ class Backend(ABC):
     name: ClassVar[str]
     suffix: ClassVar[str]
     packages: ClassVar[tuple[str, ...]] = ()
+    files: ClassVar[tuple[str, ...]] = ()
+    """Names of the files of a format that writes a folder."""
     least_sqnr: ClassVar[float]
     """Decibels below which the outputs of an artifact are an error."""
 
@@ -70,7 +73,7 @@ def backend_for(format: str, options: Mapping[str, Any]) -> Backend:
         ImportError: a package that an extra installs.
     """
     if format not in _BACKENDS:
-        near = difflib.get_close_matches(str(format), _BACKENDS, n=1, cutoff=0.4)
+        near = difflib.get_close_matches(str(format).lower(), _BACKENDS, n=1, cutoff=0.4)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"export: format={format!r} is unknown; choose one of {', '.join(formats())}{hint}")
     kind = _BACKENDS[format]
@@ -84,6 +87,22 @@ def backend_for(format: str, options: Mapping[str, Any]) -> Backend:
     for package in kind.packages:
         need(package, format)
     return kind(**options)
+
+
+def check_name(path: Path, backend: Backend) -> None:
+    """Look whether a path fits a format by its name.
+
+    Args:
+        path: of the artifact.
+        backend: of the format.
+
+    Raises:
+        ValueError: no name, or the ending of another format.
+    """
+    others = [(name, kind.suffix) for name, kind in sorted(_BACKENDS.items())]
+    problem = name_problem(path, backend.name, backend.suffix, others)
+    if problem:
+        raise ValueError(f"export: {problem}")
 
 
 def need(package: str, format: str) -> Any:

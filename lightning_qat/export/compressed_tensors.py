@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any, ClassVar, Final, final
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_qat.conversion.restore import InputDescription
 from lightning_qat.export.backend import Backend, Run, register
-from lightning_qat.export.errors import DamagedFileError
+from lightning_qat.export.errors import reading
+from lightning_qat.export.files import share
 from lightning_qat.export.integers import as_integers, bits_of, is_representable
-from lightning_qat.export.source import Source
+from lightning_qat.export.source import Source, separate
 from lightning_qat.functional.packing import pack_bits, unpack_bits
 from lightning_qat.quantization.granularity import PerGroup, PerToken
 from lightning_qat.quantization.grid import Int
@@ -46,6 +46,7 @@ class CompressedTensors(Backend):
     name: ClassVar[str] = "compressed-tensors"
     suffix: ClassVar[str] = ""
     least_sqnr: ClassVar[float] = 100.0
+    files: ClassVar[tuple[str, ...]] = ("config.json", "model.safetensors")
 
     config: Mapping[str, Any] = field(default_factory=dict)
 
@@ -74,10 +75,11 @@ class CompressedTensors(Backend):
     @override
     def write(self, source: Source, path: Path) -> None:
         path.mkdir()
-        tensors = {name: value.detach().cpu().contiguous() for name, value in source.floats.items()}
+        tensors = separate(source.floats)
         for name, weight in source.weights.items():
             tensors |= {f"{name}{part}": value for part, value in _stored(weight, bool(source.inputs)).items()}
         save_file(tensors, path / "model.safetensors", {"format": "pt"})
+        share(path / "model.safetensors")
         config = dict(self.config) | {"quantization_config": quantization_config(source)}
         if source.recipe is not None:
             config["lightning_qat_recipe"] = source.recipe
@@ -85,19 +87,16 @@ class CompressedTensors(Backend):
 
     @override
     def read(self, path: Path, source: Source) -> tuple[Mapping[str, Tensor], Run]:
-        try:
+        with reading(path, "a compressed-tensors model"):
             found = load_file(path / "model.safetensors")
-            groups = json.loads((path / "config.json").read_text(encoding="utf-8"))["quantization_config"][
-                "config_groups"
-            ]
+            config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+            groups = config["quantization_config"]["config_groups"]
             bits = {layer: group["weights"]["num_bits"] for group in groups.values() for layer in group["targets"]}
             state = {name: found[name] for name in source.floats}
             for name, weight in source.weights.items():
                 num_bits = bits.get("Linear") or bits[name.rpartition(".")[0]]
                 state[name] = _restored(found, name, num_bits).to(weight.dtype)
-        except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
-            raise DamagedFileError(f"{path}: no compressed-tensors model ({error})") from error
-        model = source.with_values(state)
+            model = source.with_values(state)
         return state, lambda batch: source.forward(model, batch)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_qat.export.backend import Backend, Run, register
-from lightning_qat.export.errors import DamagedFileError
+from lightning_qat.export.errors import reading
 from lightning_qat.export.integers import as_integers, bits_of, block_scales, is_representable
 from lightning_qat.export.source import Source
 from lightning_qat.quantization.tensor import QuantizedTensor
@@ -22,6 +22,9 @@ Bytes = npt.NDArray[np.uint8]
 
 BLOCK_SIZES: Final = {"Q4_0": 32, "Q8_0": 32, "TQ1_0": 256, "TQ2_0": 256}
 _LONGEST_NAME: Final = 63
+_DTYPES: Final = (
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
+)  # fmt: skip
 _ADVICE: Final = (
     "train with group_size=32 (ternary: 256 or 32) or a multiple, or per channel, and scale_dtype='float16', such as "
     "recipes.int4(group_size=32, scale_dtype='float16'), and leave layers of other widths in float"
@@ -65,6 +68,9 @@ class Gguf(Backend):
         long = [name for name in (*source.weights, *source.floats) if len(name) > _LONGEST_NAME]
         if long:
             return f"{long[0]!r} has more than {_LONGEST_NAME} characters, the most that readers of GGUF accept"
+        foreign = [name for name, value in source.floats.items() if value.dtype not in _DTYPES]
+        if foreign:
+            return f"{foreign[0]} is {source.floats[foreign[0]].dtype}, a type that GGUF does not have; convert it"
         for name, weight in source.weights.items():
             problem = _problem(weight)
             if problem:
@@ -99,17 +105,11 @@ class Gguf(Backend):
     def read(self, path: Path, source: Source) -> tuple[Mapping[str, Tensor], Run]:
         import gguf
 
-        try:
-            found = {each.name: each for each in gguf.GGUFReader(path).tensors}
-            values = {name: gguf.quants.dequantize(each.data, each.tensor_type) for name, each in found.items()}
-        except (ValueError, IndexError, KeyError, OverflowError, OSError) as error:
-            raise DamagedFileError(f"{path}: no GGUF file ({error})") from error
-        missing = [name for name in (*source.weights, *source.floats) if name not in values]
-        if missing:
-            raise DamagedFileError(f"{path}: {', '.join(missing[:5])} missing")
-        state = {n: torch.from_numpy(values[n].copy()).to(w.dtype) for n, w in source.weights.items()}
-        state |= {n: _float_of(values[n], like) for n, like in source.floats.items()}
-        model = source.with_values(state)
+        with reading(path, "a GGUF file"):
+            values = {each.name: _value_of(each) for each in gguf.GGUFReader(path).tensors}
+            state = {n: torch.from_numpy(values[n].copy()).to(w.dtype) for n, w in source.weights.items()}
+            state |= {n: _float_of(values[n], like) for n, like in source.floats.items()}
+            model = source.with_values(state)
         return state, lambda batch: source.forward(model, batch)
 
 
@@ -194,6 +194,17 @@ def _add_float(writer: Any, name: str, value: Tensor) -> None:
 def _array(value: Tensor) -> npt.NDArray[Any]:
     array: npt.NDArray[Any] = value.numpy()
     return array.reshape(1) if array.ndim == 0 else array
+
+
+def _value_of(stored: Any) -> npt.NDArray[Any]:
+    """Return a tensor of the reader in floats, or as the integers that it holds, such as counters of BatchNorm."""
+    import gguf
+
+    kind = gguf.GGMLQuantizationType
+    if stored.tensor_type in (kind.F64, kind.I64, kind.I32, kind.I16, kind.I8):
+        return np.asarray(stored.data)
+    values: npt.NDArray[Any] = gguf.quants.dequantize(stored.data, stored.tensor_type)
+    return values
 
 
 def _float_of(array: npt.NDArray[Any], like: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from lightning_qat.export.backend import Backend, Run, register
 from lightning_qat.export.compressed import standing_in
-from lightning_qat.export.errors import DamagedFileError
+from lightning_qat.export.errors import reading
 from lightning_qat.export.onnx_inputs import with_onnx_inputs
 from lightning_qat.export.onnx_weights import LinearCodes, linear_codes
 from lightning_qat.export.pt2 import trace
@@ -92,20 +92,26 @@ class Onnx(Backend):
     def read(self, path: Path, source: Source) -> tuple[Mapping[str, Tensor], Run]:
         import onnx
 
-        try:
+        with reading(path, "an ONNX model"):
             model: Any = onnx.load(str(path))
-            constants = {each.name: _to_torch(onnx.numpy_helper.to_array(each)) for each in model.graph.initializer}
-        except Exception as error:  # protobuf has its own hierarchy
-            raise DamagedFileError(f"{path}: no ONNX model ({error})") from error
-        used = {name for node in model.graph.node if node.op_type == "DequantizeLinear" for name in node.input}
-        weights = {}
-        for name, weight in source.weights.items():
-            if name + _CODES in used:
-                zero_point = constants.get(name + _ZERO_POINT)
-                parts = LinearCodes(constants[name + _CODES], constants[name + _SCALE], zero_point, 0, 0, "")
-                weights[name] = parts.dequantize(weight)
-        stand = standing_in(source.model, _Session(path, self.accuracy_level))
+            weights = _weights_in(model.graph, source)
+            stand = standing_in(source.model, _Session(path, self.accuracy_level))
         return weights, lambda batch: source.forward(stand, batch)
+
+
+def _weights_in(graph: Any, source: Source) -> dict[str, Tensor]:
+    """Return the dequantized weights that the graph uses, by name."""
+    import onnx
+
+    constants = {each.name: _to_torch(onnx.numpy_helper.to_array(each)) for each in graph.initializer}
+    used = {name for node in graph.node if node.op_type == "DequantizeLinear" for name in node.input}
+    weights = {}
+    for name, weight in source.weights.items():
+        if name + _CODES in used:
+            zero_point = constants.get(name + _ZERO_POINT)
+            parts = LinearCodes(constants[name + _CODES], constants[name + _SCALE], zero_point, 0, 0, "")
+            weights[name] = parts.dequantize(weight)
+    return weights
 
 
 def _forget_origin(model: Any) -> None:

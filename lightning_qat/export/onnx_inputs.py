@@ -49,8 +49,10 @@ class _LinearInput(nn.Module):
         flat = x.reshape(rows, x.numel() // scale.numel()) if rows == -1 else x
         scale = scale.reshape(-1) if rows == -1 else scale.reshape(())
         zero = torch.zeros_like(scale) if zero_point is None else zero_point.reshape(scale.shape)
-        codes = _operator("QuantizeLinear", [flat, scale, zero.to(torch.int8)], torch.int8)
-        return _operator("DequantizeLinear", [codes, scale, zero.to(torch.int8)], x.dtype).reshape(x.shape)
+        # both operators take inputs of one type; scales are float32 in training, too
+        codes = _operator("QuantizeLinear", [flat.to(scale.dtype), scale, zero.to(torch.int8)], torch.int8)
+        values = _operator("DequantizeLinear", [codes, scale, zero.to(torch.int8)], scale.dtype)
+        return values.to(x.dtype).reshape(x.shape)
 
 
 def _operator(name: str, inputs: list[Tensor], dtype: torch.dtype) -> Tensor:

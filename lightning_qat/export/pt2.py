@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_qat.export.archive import check_archive, has_plain_archives
 from lightning_qat.export.backend import Backend, Run, register
 from lightning_qat.export.compressed import compress, example_arguments, parts_of, rebuilt, standing_in
-from lightning_qat.export.errors import DamagedFileError
+from lightning_qat.export.errors import reading
 from lightning_qat.export.report import tensors_of
 from lightning_qat.export.source import Source
 
@@ -42,16 +43,18 @@ class Pt2(Backend):
 
     @override
     def write(self, source: Source, path: Path) -> None:
-        torch.export.save(trace(compress(source), source, self.dynamic_dims), path)
+        program = trace(compress(source), source, self.dynamic_dims)
+        program.example_inputs = None  # the one thing that torch would pickle
+        torch.export.save(program, path)
 
     @override
     def read(self, path: Path, source: Source) -> tuple[Mapping[str, Tensor], Run]:
-        try:
+        with reading(path, "a torch.export program"):
+            if has_plain_archives():
+                check_archive(path)
             program = torch.export.load(path)
-        except (RuntimeError, ValueError, OSError, KeyError) as error:
-            raise DamagedFileError(f"{path}: no torch.export program ({error})") from error
-        stand = standing_in(source.model, program.module())
-        return weights_in(program, source), lambda batch: source.forward(stand, batch)
+            weights, stand = weights_in(program, source), standing_in(source.model, program.module())
+        return weights, lambda batch: source.forward(stand, batch)
 
 
 def weights_in(program: torch.export.ExportedProgram, source: Source) -> dict[str, Tensor]:

@@ -2,15 +2,23 @@
 
 import json
 import math
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+
+from lightning_qat.export.files import move, remove
+
+
+def report_path(path: Path) -> Path:
+    """Return where the report of an artifact lies."""
+    return path.with_name(path.name + ".report.json")
 
 
 @final
@@ -28,6 +36,7 @@ class ExportReport:
         max_abs: largest absolute difference of outputs; None without batches.
         sqnr: signal to noise ratio of outputs in decibels, infinite where exact; None without batches.
         agreement: share of positions with the same largest output (top-1), in [0, 1]; None without batches.
+        checksums: SHA-256 of each file by name, of a single file under ``.``; see :func:`lightning_qat.export.check`.
     """
 
     path: Path
@@ -39,6 +48,7 @@ class ExportReport:
     max_abs: float | None = None
     sqnr: float | None = None
     agreement: float | None = None
+    checksums: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON; an infinite ratio becomes None."""
@@ -47,8 +57,13 @@ class ExportReport:
 
     def save(self) -> Path:
         """Write the report beside the artifact, as ``<artifact>.report.json``, and return its path."""
-        path = self.path.with_name(self.path.name + ".report.json")
-        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        path = report_path(self.path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+            move(temporary, path)
+        finally:
+            remove(temporary)
         return path
 
     def __str__(self) -> str:
@@ -92,9 +107,14 @@ class Comparison:
         """Add the outputs for one batch: tensors, or any nesting of them.
 
         Raises:
-            ValueError: outputs of different number or shape.
+            ValueError: outputs of different number or shape, or none at all.
         """
         pairs = list(zip(tensors_of(expected), tensors_of(actual), strict=True))
+        if not pairs:
+            raise ValueError(
+                f"outputs ({type(expected).__name__}) hold no tensors to compare; give a forward=function(model, "
+                "batch) that returns tensors"
+            )
         for index, (want, got) in enumerate(pairs):
             if want.shape != got.shape:
                 raise ValueError(f"output {index} has shape {tuple(got.shape)} instead of {tuple(want.shape)}")
@@ -107,11 +127,12 @@ class Comparison:
         self.num_batches += 1
 
     def _add(self, want: Tensor, got: Tensor) -> None:
-        self.is_equal = self.is_equal and want.dtype == got.dtype and bool(torch.equal(want, got))
-        wide, other = want.detach().cpu().double(), got.detach().cpu().double()
-        difference = (wide - other).abs()
+        wide, other = _as_double(want), _as_double(got)
+        same = (wide == other) | (wide.isnan() & other.isnan())  # masks hold -inf, whose difference to itself is NaN
+        difference = torch.where(same, 0.0, (wide - other).abs()).nan_to_num(nan=math.inf, posinf=math.inf)
+        self.is_equal = self.is_equal and want.dtype == got.dtype and bool(same.all())
         self.max_abs = max(self.max_abs, float(difference.max()) if difference.numel() else 0.0)
-        self.signal += float(wide.square().sum())
+        self.signal += float(wide[wide.isfinite()].square().sum())
         self.noise += float(difference.square().sum())
 
     @property
@@ -119,7 +140,8 @@ class Comparison:
         """Signal to noise ratio in decibels."""
         if self.noise == 0:
             return math.inf
-        return 10 * math.log10(self.signal / self.noise) if self.signal > 0 else -math.inf
+        ratio = self.signal / self.noise
+        return 10 * math.log10(ratio) if ratio > 0 else -math.inf
 
     @property
     def agreement(self) -> float | None:
@@ -130,6 +152,12 @@ class Comparison:
 def tensors_of(output: Any) -> list[Tensor]:
     """Return the tensors in an output of any nesting, in order."""
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def _as_double(value: Tensor) -> Tensor:
+    """Return the numbers in float64; complex ones as pairs."""
+    value = value.detach().cpu()
+    return (torch.view_as_real(value.resolve_conj()) if value.is_complex() else value).double()
 
 
 @contextmanager

@@ -17,7 +17,8 @@ from lightning_qat.conversion.restore import restore_baked
 from lightning_qat.export.backend import Backend, Run, register
 from lightning_qat.export.description import build_input, build_weight, describe_input, describe_weight, pack_codes
 from lightning_qat.export.errors import DamagedFileError
-from lightning_qat.export.source import Source, blank
+from lightning_qat.export.files import share
+from lightning_qat.export.source import Source, blank, separate
 from lightning_qat.quantization.tensor import QuantizedTensor
 
 VERSION: Final = 1
@@ -53,6 +54,7 @@ class Safetensors(Backend):
         description = json.dumps(_description(source), sort_keys=True, separators=(",", ":"))
         metadata = {"format": "pt", _DESCRIPTION: description, _CHECKSUM: checksum(description, tensors.items())}
         save_file(tensors, path, metadata)
+        share(path)
 
     @override
     def read(self, path: Path, source: Source) -> tuple[Mapping[str, Tensor], Run]:
@@ -64,7 +66,7 @@ class Safetensors(Backend):
 
 def packed_tensors(source: Source) -> dict[str, Tensor]:
     """Return what the file holds: packed codes, scales, zero points, and all other tensors."""
-    tensors = {name: value.detach().cpu().contiguous() for name, value in source.floats.items()}
+    tensors = separate(source.floats)
     for name, weight in source.weights.items():
         tensors[f"{name}.codes"] = pack_codes(weight).cpu()
         tensors[f"{name}.scale"] = weight.scale.detach().cpu().contiguous()

@@ -71,8 +71,13 @@ def read_source(model: nn.Module, batches: Iterable[Any] | None = None, forward:
 
     Raises:
         ValueError: a model that is neither prepared nor baked.
+        TypeError: one batch in the place of several.
         RefusedError: state that is no tensor.
     """
+    if isinstance(batches, Tensor | Mapping | str):
+        raise TypeError(
+            f"export: batches= takes a list of batches, here is one {type(batches).__name__}; give batches=[it]"
+        )
     state = prepared_state(model)
     recipe = None if state is None else to_plain(state.recipe)
     baked = bake(model) if state is not None else copy.deepcopy(model)
@@ -81,7 +86,7 @@ def read_source(model: nn.Module, batches: Iterable[Any] | None = None, forward:
     floats, aliases = _other_tensors(baked, weights)
     return Source(
         baked, weights, describe_inputs(baked), floats, aliases, recipe,
-        tuple(batches or ()), forward or default_forward,
+        () if batches is None else tuple(batches), forward or default_forward,
     )  # fmt: skip
 
 
@@ -105,6 +110,17 @@ def _other_tensors(
         if name not in weights:
             floats[name] = value.detach()
     return floats, aliases
+
+
+def separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors on the CPU, contiguous, and none a view of another's memory, which safetensors would refuse."""
+    found, seen = {}, set()
+    for name, value in tensors.items():
+        value = value.detach().cpu().contiguous()
+        memory = value.untyped_storage().data_ptr()
+        found[name] = value.clone() if memory in seen else value
+        seen.add(memory)
+    return found
 
 
 def blank(baked: nn.Module, *, strip: bool = True) -> nn.Module:

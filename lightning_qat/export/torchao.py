@@ -1,6 +1,5 @@
 """torchao: a state_dict of its tensor subclasses, made of our codes and scales instead of recomputed ones."""
 
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing_extensions import override
 
 from lightning_qat.conversion.restore import InputDescription
 from lightning_qat.export.backend import Backend, Run, register
-from lightning_qat.export.errors import DamagedFileError
+from lightning_qat.export.errors import reading
 from lightning_qat.export.integers import as_integers, bits_of
 from lightning_qat.export.source import Source, blank
 from lightning_qat.quantization.granularity import PerGroup, PerTensor, PerToken
@@ -69,14 +68,13 @@ class Torchao(Backend):
 
     @override
     def read(self, path: Path, source: Source) -> tuple[Mapping[str, Tensor], Run]:
-        try:
-            state: dict[str, Any] = torch.load(path, weights_only=True)
-        except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
-            raise DamagedFileError(f"{path}: no state_dict of torchao tensors ({error})") from error
         model = blank(source.model).eval()
-        model.load_state_dict(state, assign=True)
-        values = {name: state[name].dequantize() for name in source.weights}
-        return values | {name: state[name] for name in source.floats}, lambda batch: source.forward(model, batch)
+        with reading(path, "a state_dict of torchao tensors"):
+            state: dict[str, Any] = torch.load(path, weights_only=True)
+            model.load_state_dict(state, assign=True)
+            values = {name: state[name].dequantize() for name in source.weights}
+            values |= {name: state[name] for name in source.floats}
+        return values, lambda batch: source.forward(model, batch)
 
 
 def _problem(weight: QuantizedTensor, owner: nn.Module) -> str | None:

@@ -96,8 +96,8 @@ def test_a_failed_proof_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_repr() -> None:
-    callback = ExportCallback("a/b.onnx", format="pt2", num_batches=2, dynamic_dims=(0, 1))
-    assert repr(callback) == "ExportCallback('a/b.onnx', format='pt2', num_batches=2, dynamic_dims=(0, 1))"
+    callback = ExportCallback("a/b.pt2", format="pt2", num_batches=2, dynamic_dims=(0, 1))
+    assert repr(callback) == "ExportCallback('a/b.pt2', format='pt2', num_batches=2, dynamic_dims=(0, 1))"
     assert repr(eval(repr(callback))) == repr(callback)
     assert callback.state_dict() == {}
 

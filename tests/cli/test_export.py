@@ -1,5 +1,6 @@
 """`lightning-qat-export`: of a run, of its checkpoint, and of a checkpoint that another program wrote."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -73,6 +74,13 @@ def test_checkpoint_of_another_program(
         (["their.ckpt", "options.x=1"], ["format='safetensors' has no option x"]),
         (["their.ckpt", "model=digits"], ["model: holds several values"]),
         (["their.ckpt", "model._target_=no.such.Class"], ["no.such.Class"]),
+        (["their.ckpt", "num_batches=two"], ["num_batches='two' is not allowed; choose 0 or more"]),
+        (["their.ckpt", "num_batches=-1"], ["num_batches=-1 is not allowed"]),
+        (["their.ckpt", "--format", "onnx"], ["--format: values are given without dashes"]),
+        (["format=onnx"], ["format=onnx: no checkpoint", "the checkpoint comes first"]),
+        (["their.ckpt", "output=their.ckpt"], ["their.ckpt: is the checkpoint, which the artifact would replace"]),
+        (["state.safetensors"], ["state.safetensors: is the checkpoint"]),
+        (["their.ckpt", "format=pt2", "output=a.onnx"], ["path='a.onnx' ends as format='onnx' does"]),
     ],
 )
 def test_mistakes(
@@ -83,6 +91,7 @@ def test_mistakes(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     torch.save({}, tmp_path / "their.ckpt")
+    shutil.copy(tmp_path / "their.ckpt", tmp_path / "state.safetensors")
     (tmp_path / "damaged.ckpt").write_bytes(b"not a checkpoint")
     monkeypatch.setattr(sys, "argv", ["lightning-qat-export", *arguments])
     with pytest.raises(SystemExit) as exit_:

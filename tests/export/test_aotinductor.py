@@ -53,7 +53,7 @@ def test_program(written: Path) -> None:
 
 
 def test_no_compiled_model(interpreted: None, tmp_path: Path) -> None:
-    with pytest.raises(DamagedFileError, match=r"no package of AOTInductor with its program \('model'\)"):
+    with pytest.raises(DamagedFileError, match=r"as a package of AOTInductor with its program \(KeyError: 'model'\)"):
         export(prepared(MLP, "int4"), tmp_path / "model.pt2", format="aotinductor", batches=vectors())
     assert list(tmp_path.iterdir()) == []
 
@@ -125,7 +125,7 @@ def with_a_pickled_weight(path: Path) -> None:
 def test_damaged(damage: Callable[[Path], None], message: str, written: Path) -> None:
     source = read_source(prepared(MLP, "int4"))
     damage(written)
-    with pytest.raises(DamagedFileError, match=rf"{written}: no package of AOTInductor .*{message}"):
+    with pytest.raises(DamagedFileError, match=rf"{written}.* {message}"):
         AotInductor().read(written, source)
 
 

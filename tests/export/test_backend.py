@@ -5,7 +5,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import pytest
 import torch
@@ -81,6 +81,23 @@ def test_comparison() -> None:
         comparison.update([image], [image, image])
 
 
+def test_comparison_of_masks() -> None:
+    """-inf minus itself is NaN, which is below no bound."""
+    comparison, masked = Comparison(), torch.tensor([[1.0, -math.inf], [2.0, math.nan]])
+    comparison.update(masked, masked.clone())
+    assert comparison.is_equal
+    assert comparison.sqnr == math.inf
+    comparison.update(masked, masked.nan_to_num(neginf=-math.inf))
+    assert not comparison.is_equal
+    assert (comparison.max_abs, comparison.sqnr) == (math.inf, -math.inf)
+
+
+def test_comparison_of_complex_outputs() -> None:
+    comparison = Comparison()
+    comparison.update(torch.tensor([1 + 2j]), torch.tensor([1 + 3j]))
+    assert comparison.max_abs == 1
+
+
 def test_own_format(own: type[Backend], tmp_path: Path) -> None:
     model = prepared(MLP, "int4")
     assert export(model, tmp_path / "a.pt", format="numbers", batches=vectors()).exact
@@ -98,10 +115,19 @@ def test_own_format(own: type[Backend], tmp_path: Path) -> None:
         ({"shift": 1e-8}, "up.weight: read back from format='numbers', it differs"),
         ({"forgets": "down.weight"}, "down.weight: missing in the file"),
         ({"noise": 0.1}, r"dB from the trained model's \(max abs 0.1\); at least 60 dB are required"),
+        ({"noise": math.nan}, r"outputs of the artifact are -inf dB from the trained model's \(max abs inf\)"),
+        ({"noise": "a"}, r"format='numbers': the artifact does not run on batch 0 \("),
         ({"shape": 5}, r"output 0 has shape \(9, 5\) instead of \(9, 6\)"),
     ],
 )
-def test_proof_fails(own: type[Backend], options: dict[str, float], message: str, tmp_path: Path) -> None:
+def test_proof_fails(own: type[Backend], options: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(VerificationError, match=message):
         export(prepared(MLP, "int8"), tmp_path / "a.pt", format="numbers", batches=vectors(), **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_outputs_without_tensors(tmp_path: Path) -> None:
+    """Nothing was compared, so that nothing may be called equal."""
+    with pytest.raises(VerificationError, match=r"outputs \(list\) hold no tensors to compare; give a forward="):
+        export(prepared(MLP, "int4"), tmp_path / "a", batches=vectors(), forward=lambda m, b: m(b).tolist())
     assert list(tmp_path.iterdir()) == []

@@ -142,7 +142,7 @@ def test_damaged_and_replaced(tmp_path: Path) -> None:
     path = export(model, tmp_path / "model", format="compressed-tensors").path
     data = (path / "model.safetensors").read_bytes()
     (path / "model.safetensors").write_bytes(data[:-9])
-    with pytest.raises(DamagedFileError, match="no compressed-tensors model"):
+    with pytest.raises(DamagedFileError, match="cannot be read as a compressed-tensors model"):
         CompressedTensors().read(path, read_source(model))
     export(model, path, format="compressed-tensors")  # a folder that is there is replaced
     assert (path / "model.safetensors").read_bytes() == data

@@ -107,6 +107,34 @@ def test_refused_grids(weight: qat.QuantizerSpec, reason: str, tmp_path: Path) -
         )
 
 
+class Counting(nn.Module):
+    """A BatchNorm, which counts batches in int64, and a buffer."""
+
+    def __init__(self, buffer: torch.Tensor) -> None:
+        super().__init__()
+        self.fc, self.norm = nn.Linear(32, 8), nn.BatchNorm1d(8)
+        self.register_buffer("buffer", buffer)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.fc(x))  # type: ignore[no-any-return]
+
+
+def test_counters(tmp_path: Path) -> None:
+    model = prepared(lambda: Counting(torch.tensor([2**24 + 1.0], dtype=torch.float64)), recipes.int4(32, "float16"))
+    model.norm.num_batches_tracked.fill_(2**24 + 1)  # type: ignore[operator, union-attr]
+    report = export(model, tmp_path / "model.gguf", format="gguf", batches=vectors())
+    assert report.exact
+    types = {each.name: each.tensor_type.name for each in gguf.GGUFReader(report.path).tensors}
+    assert (types["norm.num_batches_tracked"], types["buffer"]) == ("I64", "F64")
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.complex64])
+def test_refused_buffers(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = prepared(lambda: Counting(torch.ones(1, dtype=dtype)), recipes.int4(32, "float16"))
+    with pytest.raises(RefusedError, match=f"buffer is {dtype}, a type that GGUF does not have"):
+        export(model, tmp_path / "model.gguf", format="gguf")
+
+
 def test_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="ternary='TQ3_0' is not allowed; choose 'TQ1_0' or 'TQ2_0'"):
         export(prepared(MLP, "int4"), tmp_path / "x", format="gguf", ternary="TQ3_0")
@@ -122,5 +150,5 @@ def test_damaged(tmp_path: Path) -> None:
     source, data = read_source(model), path.read_bytes()
     for length in (0, 3, 20, 100, len(data) // 2):
         path.write_bytes(data[:length])
-        with pytest.raises(DamagedFileError, match=r"model\.gguf: no GGUF file"):
+        with pytest.raises(DamagedFileError, match=r"model\.gguf: cannot be read as a GGUF file"):
             Gguf().read(path, source)

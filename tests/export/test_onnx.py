@@ -94,6 +94,18 @@ def test_static_and_dynamic_inputs(tmp_path: Path) -> None:
     assert (count["QuantizeLinear"], count["DequantizeLinear"]) == (2, 4)
 
 
+@pytest.mark.parametrize("recipe", ["w8a8", "bitnet"])
+def test_quantized_inputs_in_half_precision(recipe: str, tmp_path: Path) -> None:
+    """QuantizeLinear takes an input and a scale of one type, and scales are float32."""
+    model = prepared(lambda: MLP().half(), recipe)
+    batches = [x.half() for x in vectors()]
+    report = export(model, tmp_path / "model.onnx", format="onnx", batches=batches)
+    assert report.sqnr is not None
+    assert report.sqnr > 45
+    count = collections.Counter(node.op_type for node in onnx.load(str(report.path)).graph.node)
+    assert count["QuantizeLinear"] == 2
+
+
 def test_dict_batches(tmp_path: Path) -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
@@ -131,7 +143,7 @@ def test_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = export(model, tmp_path / "model.onnx", format="onnx", batches=vectors()).path
     source = read_source(model)
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(DamagedFileError, match=r"model\.onnx: no ONNX model"):
+    with pytest.raises(DamagedFileError, match=r"model\.onnx: cannot be read as an ONNX model"):
         Onnx().read(path, source)
 
 

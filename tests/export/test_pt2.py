@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import lightning as L
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_qat as qat
-from lightning_qat.export import VerificationError, export
+from lightning_qat.export import DamagedFileError, Pt2, VerificationError, export, read_source
 from tests.export.models import MLP, MODELS, prepared, vectors
 
 
@@ -96,6 +97,18 @@ def test_runs_without_our_code(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
     assert done.stdout.strip() == "(3, 6)", done.stderr
+
+
+def test_nothing_is_pickled(tmp_path: Path) -> None:
+    path = export(prepared(MLP, "w4a8"), tmp_path / "model.pt2", format="pt2", batches=vectors()).path
+    with zipfile.ZipFile(path) as archive:
+        assert not [entry.filename for entry in archive.infolist() if archive.read(entry).startswith(b"PK")]
+        assert not [entry.filename for entry in archive.infolist() if b"\x80\x02" in archive.read(entry)[:2]]
+    program = torch.export.load(path)
+    program.example_inputs = ((vectors(1)[0],), {})
+    torch.export.save(program, path)  # as torch writes it by itself: reading it would unpickle the inputs
+    with pytest.raises(DamagedFileError, match="packages that unpickle anything are not read"):
+        Pt2().read(path, read_source(prepared(MLP, "w4a8")))
 
 
 def test_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

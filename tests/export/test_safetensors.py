@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import lightning_qat as qat
 from lightning_qat.export import DamagedFileError, RefusedError, VerificationError, describe, export, formats, load
 from lightning_qat.quantization import recipes
+from tests.export.matrix import ROWS
 from tests.export.models import MLP, MODELS, TiedNet, prepared, vectors
 
 
@@ -105,17 +106,26 @@ def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
     assert loaded.head.weight is loaded.embed.weight
 
 
-def test_size(tmp_path: Path) -> None:
-    for name, bits in {"int8": 8, "int4": 4, "int3": 3, "int2": 2, "ternary": 1.6, "binary": 1}.items():
-        model = prepared(lambda: MLP(4096), name)
-        report = export(model, tmp_path / name)
-        with report.path.open("rb") as file:
-            (header,) = struct.unpack("<Q", file.read(8))
-        num_weights, rows = 4096 * 32 + 4096 * 6, 4096 + 6
-        promised = num_weights * bits / 8 + 4 * rows + 4 * rows + header + 8  # codes, scales, biases
-        assert abs(report.num_bytes - promised) < 0.03 * promised
-        assert report.float_bytes == 4 * (num_weights + rows)
-        assert header < 2400
+BITS = {
+    "int8": 8, "int4": 4, "int3": 3, "int2": 2, "seq2": 2, "piq3": 3, "piq2": 2, "ternary": 1.6, "binary": 1,
+    "w8a8": 8, "w4a8": 4, "bitnet": 1.6, "bitnet1": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_size(row: str, tmp_path: Path) -> None:
+    """Codes at their bits, float32 scales and biases, a header, and what aligns tensors: nothing else is inside."""
+    model = prepared(lambda: MLP(4096), ROWS[row])
+    report = export(model, tmp_path / "model")
+    with report.path.open("rb") as file:
+        (header,) = struct.unpack("<Q", file.read(8))
+    num_weights, num_biases = 4096 * 32 + 4096 * 6, 4096 + 6
+    num_scales = sum(tensor.scale.numel() for tensor in qat.codes(model).values())
+    codes = num_weights * BITS[row.partition("(")[0]] / 8
+    assert report.num_bytes == report.path.stat().st_size
+    assert 0 <= report.num_bytes - (codes + 4 * num_scales + 4 * num_biases + header + 8) < 8
+    assert report.float_bytes == 4 * (num_weights + num_biases)
+    assert header < 4096
 
 
 def test_parametrized_modules_become_plain(tmp_path: Path) -> None:

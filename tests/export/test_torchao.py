@@ -83,5 +83,5 @@ def test_damaged(tmp_path: Path) -> None:
     source, data = read_source(model), path.read_bytes()
     for length in (0, 10, len(data) // 2):
         path.write_bytes(data[:length])
-        with pytest.raises(DamagedFileError, match=r"no state_dict of torchao tensors"):
+        with pytest.raises(DamagedFileError, match="cannot be read as a state_dict of torchao tensors"):
             Torchao().read(path, source)
