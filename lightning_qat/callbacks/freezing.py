@@ -95,13 +95,16 @@ class OscillationFreezing(pl.Callback):
         if not matching:
             what = f"there are {[slot.layer for slot in found[:8]]}" if found else "add QATCallback(recipe)"
             raise ValueError(f"OscillationFreezing: match={self.match!r} matches no quantized weight; {what}")
-        self._total_steps = num_steps(trainer, "OscillationFreezing") if isinstance(self.threshold, Ramp) else None
         self._weights = {slot.name: _Freezable(slot, self.momentum) for slot in matching}
         for name, weight in self._weights.items():
             if name in self._restored:
                 weight.load(self._restored[name])
         remove(self._handles)
         self._handles = hook_steps(trainer.optimizers, "OscillationFreezing", after=partial(self._stepped, trainer))
+
+    @override
+    def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        self._total_steps = num_steps(trainer, "OscillationFreezing") if isinstance(self.threshold, Ramp) else None
 
     @override
     def on_train_batch_end(

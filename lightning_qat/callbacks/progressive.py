@@ -75,10 +75,14 @@ class ProgressiveBitWidth(pl.Callback):
 
     @override
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        self._stages = self._known_stages(trainer)
-        self.bit_width.check(trainer, pl_module, [precision for _, precision in self._stages])
         if trainer.ckpt_path is None:  # else the grids come with the checkpoint, with FSDP after this hook
+            self._begin(trainer, pl_module)
             self._apply(trainer, pl_module)
+
+    @override
+    def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        if trainer.ckpt_path is not None:  # the length of the run is not known before, see run_length()
+            self._begin(trainer, pl_module)
 
     @override
     def on_train_epoch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -97,6 +101,10 @@ class ProgressiveBitWidth(pl.Callback):
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.bit_width.batch_ended()
+
+    def _begin(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        self._stages = self._known_stages(trainer)
+        self.bit_width.check(trainer, pl_module, [precision for _, precision in self._stages])
 
     def _apply(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         position = trainer.current_epoch if self.unit == "epoch" else trainer.global_step

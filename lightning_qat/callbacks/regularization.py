@@ -94,6 +94,9 @@ class Regularization(pl.Callback, ModuleHooks):
                 raise ValueError(f"Regularization: {penalty} matches no quantized weight; there are {layers}")
         found = {slot: [i for i, each in enumerate(self.penalties) if each.matches(slot)] for slot in weights}
         self._weights = {slot: indices for slot, indices in found.items() if indices}
+
+    @override
+    def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         ramps = any(isinstance(penalty.weight, Ramp) for penalty in self.penalties)
         self._total_steps = num_steps(trainer, "Regularization: a Ramp") if ramps else None
 

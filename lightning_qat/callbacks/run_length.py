@@ -6,7 +6,9 @@ import lightning.pytorch as pl
 def run_length(trainer: "pl.Trainer", unit: str) -> float | None:
     """Return the number of epochs or optimizer steps (``trainer.global_step``) of the run; None where it has no end.
 
-    With several optimizers each of their steps counts, as if each stepped once per batch.
+    With several optimizers each of their steps counts, as if each stepped once per batch. Steps are counted on the
+    training data, which makes Lightning set them up: on resume not before ``on_train_start``, because data that are set
+    up before the loops are restored start the epoch again.
 
     Args:
         trainer: that fits.

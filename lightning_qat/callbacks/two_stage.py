@@ -112,7 +112,6 @@ class TwoStageSchedule(pl.Callback):
                 f"TwoStageSchedule: {type(pl_module).__name__} has a scheduler of its own, {schedulers[0]}; return the "
                 "optimizer alone from configure_optimizers(), or keep the scheduler with TwoStageSchedule(shape=None)"
             )
-        self._total_steps = num_steps(trainer, "TwoStageSchedule")
         remove(self._handles)
 
         def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -122,6 +121,10 @@ class TwoStageSchedule(pl.Callback):
             self._take_back()
 
         self._handles = hook_steps(trainer.optimizers, "TwoStageSchedule", before=before, after=after)
+
+    @override
+    def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        self._total_steps = num_steps(trainer, "TwoStageSchedule")
 
     @override
     def on_train_batch_end(
