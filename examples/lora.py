@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from lightning_qat import LoRA, QATCallback, codes, merge_lora, recipes
+from lightning_qat import ActivationCheckpointing, LoRA, QATCallback, codes, merge_lora, recipes
 from lightning_qat.data import DigitsData
 from lightning_qat.models import SequenceClassifier
 
@@ -25,7 +25,11 @@ def main() -> None:
     model, data = SequenceClassifier(), DigitsData()
     L.Trainer(max_epochs=20, **quiet).fit(model, data)
 
-    callbacks = [QATCallback(recipes.int4()), LoRA(rank=8, alpha=16.0, base="int8")]
+    callbacks = [
+        QATCallback(recipes.int4()),
+        LoRA(rank=8, alpha=16.0, base="int8"),
+        ActivationCheckpointing("backbone.blocks.*"),  # what is left of the memory are activations
+    ]
     trainer = L.Trainer(max_epochs=10, callbacks=callbacks, **quiet)
     trainer.fit(model, data)
     trainer.test(model, data)

@@ -2,6 +2,7 @@
 
 from lightning_qat.callbacks import (
     GPTQ,
+    ActivationCheckpointing,
     BitAllocation,
     Calibration,
     Distillation,
@@ -80,6 +81,7 @@ __all__ = [
     "GPTQ",
     "AbsMax",
     "AbsMean",
+    "ActivationCheckpointing",
     "Binary",
     "BitAllocation",
     "Calibration",

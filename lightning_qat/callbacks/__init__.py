@@ -1,5 +1,6 @@
 """Callbacks: each does one thing and composes with the others."""
 
+from lightning_qat.callbacks.activation_checkpointing import ActivationCheckpointing
 from lightning_qat.callbacks.advice import Bounds
 from lightning_qat.callbacks.bit_allocation import BitAllocation
 from lightning_qat.callbacks.calibration import Calibration
@@ -23,6 +24,7 @@ from lightning_qat.callbacks.two_stage import TwoStageSchedule
 
 __all__ = [
     "GPTQ",
+    "ActivationCheckpointing",
     "BatchMask",
     "BitAllocation",
     "Bounds",

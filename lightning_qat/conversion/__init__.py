@@ -10,6 +10,7 @@ from lightning_qat.conversion.gptq import Compensated, gptq
 from lightning_qat.conversion.lora import add_lora, merge_lora
 from lightning_qat.conversion.peft import adopt_peft
 from lightning_qat.conversion.prepare import float_weights, prepare, unprepare
+from lightning_qat.conversion.recompute import keep_activations, recompute_activations
 from lightning_qat.conversion.report import ConversionReport, ReportRow
 from lightning_qat.conversion.rotations import fold_rotations, online_rotations, rotate_between
 from lightning_qat.conversion.sensitivity import (
@@ -42,10 +43,12 @@ __all__ = [
     "fold_batchnorm",
     "fold_rotations",
     "gptq",
+    "keep_activations",
     "load_checkpoint",
     "merge_lora",
     "online_rotations",
     "prepare",
+    "recompute_activations",
     "reestimate_batchnorm",
     "rotate_between",
     "unprepare",

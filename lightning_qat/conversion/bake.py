@@ -13,6 +13,7 @@ from lightning_qat.conversion.baked_linear import integer_dtypes, multiply_integ
 from lightning_qat.conversion.inputs import ARGUMENTS, quantize_inputs
 from lightning_qat.conversion.lora import drop_adapter
 from lightning_qat.conversion.nested import keep_padded
+from lightning_qat.conversion.recompute import keep_activations
 from lightning_qat.conversion.sharding import is_sharded
 from lightning_qat.conversion.slots import covered_parameters
 from lightning_qat.conversion.state import prepared_state, refresh_scales
@@ -106,6 +107,7 @@ def bake(model: _Module) -> _Module:
     refresh_scales(model)
     _drop_graphs(model)
     baked = copy.deepcopy(model)
+    keep_activations(baked)
     values = _quantized_values(baked)
     on_integers = {module: dtypes for module, *_ in values if (dtypes := integer_dtypes(module))}
     for module in baked.modules():
