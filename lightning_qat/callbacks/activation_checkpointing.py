@@ -14,9 +14,9 @@ from lightning_qat.conversion.recompute import checked_globs, keep_activations, 
 class ActivationCheckpointing(pl.Callback):
     """Saves memory for time: of what modules compute in training only their inputs stay until backward.
 
-    Losses and gradients are the same, bit for bit. It costs one more forward pass of these modules. Made for ``LoRA``, whose
-    frozen weights need neither gradient nor optimizer state, so that activations weigh more; in a loop of your own
-    :func:`~lightning_qat.conversion.recompute_activations` does it. At the end of the fit the model is as it was.
+    Losses and gradients are the same, bit for bit. It costs one more forward pass of these modules. Made for ``LoRA``,
+    whose frozen weights need neither gradient nor optimizer state, so that activations weigh more; in a loop of your
+    own :func:`~lightning_qat.conversion.recompute_activations` does it. After the fit the model is as it was.
 
     Args:
         match: glob, or several, over dotted module names, such as ``"backbone.blocks.*"``; of modules within each other
