@@ -558,3 +558,47 @@ def test_recomputed_scales_need_no_groups() -> None:
         [{"params": list(model.parameters())}],
         [],
     )
+
+
+# --- complete --------------------------------------------------------------------------------------------------------
+
+
+def test_torch_has_no_optimizer_and_no_scheduler_that_is_not_tested() -> None:
+    def names(module: Any, base: type) -> set[str]:
+        found = {name: kind for name, kind in vars(module).items() if isinstance(kind, type) and issubclass(kind, base)}
+        return {name for name, kind in found.items() if kind is not base and not name.startswith("_")}
+
+    by_themselves = {"LBFGS", "Muon", "SparseAdam"}
+    assert names(optim, optim.Optimizer) == {name.split()[0] for name in OPTIMIZERS} | by_themselves
+    tested = {name.split()[0] for name in SCHEDULERS} | set(ONE_RATE_FOR_ALL)
+    assert names(lr_scheduler, lr_scheduler.LRScheduler) == tested
+
+
+class Sparse(Net):
+    """An embedding with sparse gradients, which has an optimizer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(3, WIDTH, sparse=True)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        loss = nn.functional.cross_entropy(self(batch[0] + self.embedding(batch[1])), batch[1])
+        self.manual_backward(loss)
+        for optimizer in self.optimizers():
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def configure_optimizers(self) -> Any:
+        dense = [p for name, p in self.named_parameters() if "embedding" not in name]
+        return [optim.SparseAdam(self.embedding.parameters()), optim.AdamW(dense, weight_decay=DECAY)]
+
+
+def test_sparse_adam_keeps_its_embedding_in_float() -> None:
+    model = Sparse()
+    before = model.embedding.weight.detach().clone()
+    spec = recipes.int4().rules[0].spec
+    made = fit(model, QATCallback(Recipe((Rule("*", spec, types=(nn.Linear, nn.Embedding)),))))
+    assert not torch.equal(model.embedding.weight, before)
+    assert [len(optimizer.param_groups) for optimizer in made.optimizers] == [1, 2]
+    assert "embedding.weight_quantizer.scale" not in model.state_dict()
