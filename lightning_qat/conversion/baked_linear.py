@@ -43,13 +43,19 @@ def multiply_integers(module: nn.Module, weight: QuantizedTensor, dtypes: tuple[
 
 def multiply_floats(module: nn.Module) -> None:
     """Undo :func:`multiply_integers`; a layer that multiplies floats already stays as it is."""
-    base: type[nn.Module] | None = getattr(type(module), "_baked_base", None)
-    if base is None:
+    base = class_on_floats(module)
+    if base is type(module):
         return
     module.__class__ = base
     for name in (_CODES, _SCALE):
         delattr(module, name)
     delattr(module, INTEGER_DTYPES)
+
+
+def class_on_floats(module: nn.Module) -> type[nn.Module]:
+    """Return the class that a layer has, or had before it multiplied integers."""
+    base: type[nn.Module] = getattr(type(module), "_baked_base", type(module))
+    return base
 
 
 def _forward(self: Any, input: Tensor) -> Tensor:

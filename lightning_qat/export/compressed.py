@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_qat.conversion.baked_linear import multiply_floats
 from lightning_qat.export.source import Source
 from lightning_qat.quantization.tensor import QuantizedTensor
 
@@ -19,6 +20,8 @@ def compress(source: Source) -> nn.Module:
     computed in the graph, so that whatever traces the model keeps the codes.
     """
     model = copy.deepcopy(source.model)
+    for module in model.modules():
+        multiply_floats(module)  # tracing takes float products in any case; codes of the others would lie there twice
     for name in (*source.weights, *source.aliases):
         weight = source.weights.get(source.aliases.get(name, name))
         if weight is None:

@@ -87,4 +87,8 @@ def trace(model: nn.Module, source: Source, dynamic_dims: Sequence[int]) -> torc
     for tensor in tensors_of((args, kwargs)):
         shapes[tensor] = {dim: torch.export.Dim.AUTO for dim in dynamic_dims if dim < tensor.dim()}
     with torch.no_grad():
-        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
+        program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
+    for graph in program.graph_module.modules():
+        for node in getattr(getattr(graph, "graph", None), "nodes", ()):
+            node.meta.pop("stack_trace", None)  # it names folders of this machine and can outweigh the weights
+    return program

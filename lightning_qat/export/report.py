@@ -71,14 +71,17 @@ class ExportReport:
         rows = [
             ("artifact", str(self.path)),
             ("format", self.format),
-            (
-                "size",
-                f"{self.num_bytes:,} bytes ({self.float_bytes / max(1, self.num_bytes):.1f} x smaller than float)",
-            ),
+            ("size", f"{self.num_bytes:,} bytes ({self._ratio()} than float)"),
             ("weights", "equal to the trained ones bit for bit"),
             ("outputs", self._outputs()),
         ]
         return "\n".join(f"{name:<9} {text}" for name, text in rows)
+
+    def _ratio(self) -> str:
+        """The text of a traced graph can outweigh the weights of a small model."""
+        if self.num_bytes > self.float_bytes:
+            return f"{self.num_bytes / max(1, self.float_bytes):.1f} x larger"
+        return f"{self.float_bytes / max(1, self.num_bytes):.1f} x smaller"
 
     def _outputs(self) -> str:
         if not self.num_batches:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_qat.conversion.baked_linear import class_on_floats
 from lightning_qat.conversion.restore import InputDescription
 from lightning_qat.export.backend import Backend, Run, register
 from lightning_qat.export.errors import reading
@@ -78,11 +79,12 @@ class Torchao(Backend):
 
 
 def _problem(weight: QuantizedTensor, owner: nn.Module) -> str | None:
-    if not isinstance(owner, nn.Linear | nn.Embedding) or type(owner).forward not in (
+    kind = class_on_floats(owner)
+    if not issubclass(kind, nn.Linear | nn.Embedding) or kind.forward not in (
         nn.Linear.forward,
         nn.Embedding.forward,
     ):
-        return f"{type(owner).__name__} is no linear layer or embedding; leave it in float, or use format='safetensors'"
+        return f"{kind.__name__} is no plain linear layer or embedding; leave it in float, or use format='safetensors'"
     if weight.dtype not in _DTYPES:
         return f"{weight.dtype} is no dtype of torchao's tensors; call model.float() first"
     bits = bits_of(as_integers(weight)[0])

@@ -14,7 +14,7 @@ from torch import Tensor
 import lightning_qat as qat
 from lightning_qat.export import Backend, Run, Source, VerificationError, export, formats, register
 from lightning_qat.export import backend as registry
-from lightning_qat.export.report import Comparison
+from lightning_qat.export.report import Comparison, ExportReport
 from tests.export.models import MLP, prepared, vectors
 
 
@@ -131,3 +131,9 @@ def test_outputs_without_tensors(tmp_path: Path) -> None:
     with pytest.raises(VerificationError, match=r"outputs \(list\) hold no tensors to compare; give a forward="):
         export(prepared(MLP, "int4"), tmp_path / "a", batches=vectors(), forward=lambda m, b: m(b).tolist())
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("num_bytes", "said"), [(50, "2.0 x smaller"), (100, "1.0 x smaller"), (150, "1.5 x larger")])
+def test_ratio(num_bytes: int, said: str) -> None:
+    report = ExportReport(Path("a"), "pt2", num_bytes=num_bytes, float_bytes=100, exact=True)
+    assert f"{num_bytes} bytes ({said} than float)" in str(report)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import lightning_qat as qat
 from lightning_qat.export import DamagedFileError, Pt2, VerificationError, export, read_source
+from lightning_qat.quantization import recipes
 from tests.export.models import MLP, MODELS, prepared, vectors
 
 
@@ -97,6 +98,16 @@ def test_runs_without_our_code(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
     assert done.stdout.strip() == "(3, 6)", done.stderr
+
+
+def test_size_and_privacy(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = MLP(4096)
+    qat.prepare(model, recipes.w8a8(), arithmetic="integer")
+    report = export(model, tmp_path / "model.pt2", format="pt2", batches=vectors())
+    num_weights, rows = 4096 * 38, 4096 + 6
+    assert report.num_bytes < 1.03 * (num_weights + 8 * rows) + 100_000  # the text of the graph
+    assert str(Path(__file__).parents[2]).encode() not in report.path.read_bytes()
 
 
 def test_nothing_is_pickled(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import lightning_qat as qat
 from lightning_qat.export import DamagedFileError, RefusedError, export
 from lightning_qat.export.source import read_source
 from lightning_qat.export.torchao import Torchao
+from lightning_qat.quantization import recipes
 from tests.export.models import MLP, TiedNet, prepared, vectors
 
 torchao: Any = pytest.importorskip("torchao")
@@ -49,6 +50,17 @@ def test_quantized_inputs(tmp_path: Path) -> None:
     assert torch.equal(tensor.qdata, qat.codes(model)["up.weight"].codes)
 
 
+def test_integer_products(tmp_path: Path) -> None:
+    """A layer that multiplies integer codes is a plain linear layer to torchao."""
+    torch.manual_seed(0)
+    model = MLP()
+    qat.prepare(model, recipes.w8a8(), arithmetic="integer")
+    report = export(model, tmp_path / "model.pt", format="torchao", batches=vectors())
+    assert report.sqnr is not None
+    assert report.sqnr > 35
+    assert type(torch.load(report.path, weights_only=True)["up.weight"]).__name__ == "Int8Tensor"
+
+
 def test_embedding(tmp_path: Path) -> None:
     spec = qat.LayerSpec(qat.QuantizerSpec(qat.Int(4)))
 
@@ -66,7 +78,7 @@ def test_refused(tmp_path: Path) -> None:
     token = qat.QuantizerSpec(qat.Int(8), qat.PerToken(), qat.AbsMax())
     grouped = qat.Recipe((qat.Rule("*", qat.LayerSpec(qat.QuantizerSpec(qat.Int(4), qat.PerGroup(8)), token)),))
     for build, recipe, reason in (
-        (TiedNet, "int8", r"in_proj_weight: MultiheadAttention is no linear layer"),
+        (TiedNet, "int8", r"in_proj_weight: MultiheadAttention is no plain linear layer"),
         (MLP, "piq2", "up: torchao's tensors quantize inputs to"),
         (MLP, grouped, "where the weight has a scale per channel or tensor"),
         (MLP, qat.Recipe((qat.Rule("*", qat.LayerSpec(None, token)),)), "up: torchao's tensors quantize inputs to"),
