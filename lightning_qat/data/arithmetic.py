@@ -149,7 +149,9 @@ class ArithmeticData(L.LightningDataModule):
         self.sequence_length = max(LEVELS[level].max_length for level in self.levels) - 1
 
     def setup(self, stage: str) -> None:
-        """Generate the problems; equal for every stage."""
+        """Generate the problems; equal for every stage, so that only the first call does."""
+        if hasattr(self, "test_set"):
+            return
         train = generate_problems(self.num_train, levels=self.levels, split="train", seed=self.seed)
         val = generate_problems(self.num_val, levels=self.levels, split="val", seed=self.seed)
         test = generate_problems(self.num_test, levels=self.levels, split="test", seed=self.seed)

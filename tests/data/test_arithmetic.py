@@ -166,6 +166,14 @@ def test_data_modules_of_other_seeds_never_share_a_test_problem_with_training() 
     assert first.train_set.problems != second.train_set.problems
 
 
+def test_problems_are_generated_once_for_all_stages() -> None:
+    data = ArithmeticData((1,), num_train=8, num_val=2, num_test=2)
+    data.setup("fit")
+    first = data.train_set
+    data.setup("test")
+    assert data.train_set is first
+
+
 @pytest.mark.parametrize("levels", [(), (1, 7), 1])
 def test_unknown_levels_raise(levels: Any) -> None:
     with pytest.raises(ValueError, match=r"expected some of \[1, 2, 3\]"):
