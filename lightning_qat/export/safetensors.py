@@ -135,7 +135,12 @@ def load(path: str | Path, model: nn.Module | None = None, *, verify: bool = Tru
     if model is None:
         found: dict[str, QuantizedTensor | Tensor] = {**weights, **floats}
         return found | {name: found[first] for name, first in aliases.items()}
-    return restore_baked(model, weights, inputs, floats, aliases)
+    try:
+        return restore_baked(model, weights, inputs, floats, aliases)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, AttributeError) as error:  # parts of a description that deny each other
+        raise DamagedFileError(f"{path}: its description does not fit its tensors or the model ({error})") from error
 
 
 def describe(path: str | Path) -> dict[str, Any]:
@@ -190,6 +195,6 @@ def _contents(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
 def _aliases(description: Mapping[str, Any], *holders: Mapping[str, Any]) -> dict[str, str]:
     aliases: dict[str, str] = description["aliases"]
     for name, first in aliases.items():
-        if not any(first in holder for holder in holders):
+        if not isinstance(first, str) or not any(first in holder for holder in holders):
             raise DamagedFileError(f"{name}: tied to {first!r}, which the file does not hold")
     return aliases

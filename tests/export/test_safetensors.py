@@ -301,18 +301,45 @@ def _tie(description: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     description["aliases"]["a"] = "b"
 
 
+def _tie_to_a_list(description: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    description["aliases"]["a"] = []
+
+
 def _bytes(description: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     tensors["up.weight.codes"] = tensors["up.weight.codes"].view(torch.int8)
 
 
 @pytest.mark.parametrize(
-    "change", [_version, _shape, _negative, _grid, _kind, _list, _scale, _nan, _missing, _tie, _bytes]
+    "change", [_version, _shape, _negative, _grid, _kind, _list, _scale, _nan, _missing, _tie, _tie_to_a_list, _bytes]
 )
 def test_hostile_description(change: Any, artifact: Path) -> None:
     rewritten(artifact, change)
     for verify in (True, False):
         with pytest.raises(DamagedFileError):
             load(artifact, verify=verify)
+
+
+def _input_scale(description: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    tensors["up.input.scale"] = torch.ones(3)
+
+
+def _input_grid(description: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    description["inputs"]["up"]["grid"]["narrow"] = None
+
+
+def _integers(description: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    tensors["up.bias"] = torch.ones(64, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("change", [_input_scale, _input_grid, _integers])
+def test_hostile_description_of_an_input(change: Any, tmp_path: Path) -> None:
+    """What denies itself only when a model is built of it."""
+    token = qat.QuantizerSpec(qat.Int(8, symmetric=False), qat.PerTensor(), qat.Percentile(99.0))
+    model = prepared(MLP, qat.Recipe((qat.Rule("*", qat.LayerSpec(qat.QuantizerSpec(qat.Int(4)), token)),)))
+    qat.calibrate(model, vectors())
+    path = rewritten(export(model, tmp_path / "model").path, change)
+    with pytest.raises(DamagedFileError):
+        load(path, MLP(), verify=False)
 
 
 def test_version_error_says_what_to_do(artifact: Path) -> None:
