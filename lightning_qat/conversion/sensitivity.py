@@ -96,7 +96,7 @@ class OutputDivergence(Sensitivity):
     Args:
         dim: of the classes, in the output.
 
-    Source: the sensitivity of ZeroQ, arXiv:2001.00281 section 3.2, here one layer and one width at a time.
+    Source: the sensitivity of ZeroQ, arXiv:2001.00281, here one layer and one width at a time.
     """
 
     dim: int = -1
@@ -126,7 +126,7 @@ class OutputDivergence(Sensitivity):
 class OutputError(Sensitivity):
     """Squared change of the output, relative to the variance of the output in float: for regression.
 
-    Source: the reciprocal of the signal-to-noise ratio of the output, by which arXiv:2302.05397 section 3 ranks layers.
+    Source: the reciprocal of the signal-to-noise ratio of the output, by which arXiv:2302.05397 ranks layers.
     """
 
     @property
