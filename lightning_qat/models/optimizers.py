@@ -1,7 +1,7 @@
 """AdamW with weight decay where it belongs and a schedule of warm-up and cosine."""
 
 import math
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import lightning as L
@@ -73,15 +73,32 @@ def adamw_with_cosine(
         warmup_fraction: share of the steps in the warm-up, [0, 1].
 
     Raises:
-        ValueError: if the trainer has no end (neither max_epochs nor max_steps).
+        ValueError: if the trainer has no end (neither max_epochs nor max_steps); on resume at the first step.
     """
-    num_steps = module.trainer.estimated_stepping_batches
-    if math.isinf(num_steps):
+    num_steps = cache(partial(_num_steps, module))
+    if not module.trainer.ckpt_path:
+        num_steps()  # a run without end is an error now
+    optimizer = torch.optim.AdamW(weight_decay_groups(module, weight_decay), lr=learning_rate)
+
+    def factor(step: int) -> float:
+        if step == 0 and module.trainer.ckpt_path:
+            return 0.0  # of no effect: the optimizer takes its rates from the checkpoint
+        return warmup_cosine(step, num_steps=num_steps(), num_warmup=round(warmup_fraction * num_steps()))
+
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _num_steps(module: L.LightningModule) -> int:
+    """Return the number of optimizer steps of the run.
+
+    Counting makes Lightning set up the data, and data that are set up before a resumed run has restored its loops start
+    the epoch again: on resume this must wait for the first step.
+    """
+    found = module.trainer.estimated_stepping_batches
+    if math.isinf(found):
         raise ValueError(
             f"{type(module).__name__}: the cosine schedule needs an end of training, but the trainer has none; "
             "give Trainer(max_steps=...), or max_epochs=... with data of known length"
         )
-    optimizer = torch.optim.AdamW(weight_decay_groups(module, weight_decay), lr=learning_rate)
-    factor = partial(warmup_cosine, num_steps=int(num_steps), num_warmup=round(warmup_fraction * num_steps))
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+    return int(found)

@@ -1,6 +1,7 @@
 """Weight decay groups and the schedule."""
 
 import math
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -8,7 +9,8 @@ import torch
 from torch import nn
 
 from lightning_qat.conversion import prepare
-from lightning_qat.models import LanguageModel
+from lightning_qat.data import DigitsData
+from lightning_qat.models import LanguageModel, SequenceClassifier
 from lightning_qat.models.optimizers import adamw_with_cosine, warmup_cosine, weight_decay_groups
 from lightning_qat.quantization import recipes
 
@@ -120,3 +122,23 @@ def test_the_schedule_spans_the_training_and_moves_at_each_step() -> None:
 def test_a_training_without_end_raises() -> None:
     with pytest.raises(ValueError, match=r"Tiny: the cosine schedule needs an end of training.*Trainer\(max_steps"):
         fit(max_epochs=-1)
+
+
+@pytest.mark.parametrize("stop", [2, 3])
+def test_a_run_resumed_inside_an_epoch_ends_where_the_uninterrupted_one_does(stop: int, tmp_path: Path) -> None:
+    def run(ckpt: Path | None = None) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0 if ckpt is None else 1)
+        module = SequenceClassifier(
+            10, embed_dim=8, hidden_size=8, num_heads=2, num_layers=1, window_size=8, dropout=0.0
+        )
+        saves = L.pytorch.callbacks.ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        trainer = L.Trainer(
+            max_epochs=2, limit_val_batches=0, accelerator="cpu", logger=False, callbacks=[saves],
+            enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        trainer.fit(module, DigitsData(512), ckpt_path=ckpt)
+        assert trainer.global_step == 6
+        return module.state_dict()
+
+    whole, resumed = run(), run(tmp_path / f"step={stop}.ckpt")
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
