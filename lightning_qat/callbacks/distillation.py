@@ -7,6 +7,7 @@ from typing import Any, Literal, final
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -21,6 +22,7 @@ from lightning_qat.callbacks.capture import (
     find_tensor,
     module_names,
 )
+from lightning_qat.callbacks.masks import ignored_targets
 from lightning_qat.callbacks.reasoning import ReasoningMatch
 from lightning_qat.callbacks.teacher import Teacher, TeacherSource
 from lightning_qat.losses import kl_divergence, top1_agreement
@@ -55,12 +57,14 @@ class Distillation(pl.Callback, ModuleHooks):
         select: takes the tensor to match from an output; by default a tensor, ``logits`` of a dict or object, the
             only floating tensor of a dict, the first of a tuple.
         mask: function of the batch that returns which positions count, `TargetMask`, `BatchMask` or
-            ``lambda batch: next_token_mask(batch["labels"])``.
+            ``lambda batch: next_token_mask(batch["labels"])``; by default all do, with a warning where the batch holds
+            targets of -100.
         features: layers inside the model that follow the teacher's, too.
         reasoning: steps of reasoning that follow the teacher's, too; adds its own weight times its own loss.
         dtype: ``"same"`` as the student, or ``"bfloat16"`` to halve the teacher's memory.
 
     Raises:
+        TypeError: a mask that is no function, or features and reasoning of another kind.
         ValueError: values out of range, a path without file, an option that the loss does not take. At fit start: names
             that match nothing. In the first step: outputs among which it cannot choose; messages list the candidates.
 
@@ -82,6 +86,7 @@ class Distillation(pl.Callback, ModuleHooks):
         dtype: Literal["same", "float32", "bfloat16"] = "same",
     ) -> None:
         _check(temperature=temperature, weight=weight, dtype=dtype)
+        _check_kinds(mask=mask, features=features, reasoning=reasoning)
         self.teacher = Teacher(teacher, dtype=_DTYPES[dtype])
         self.temperature, self.weight, self.loss, self.dtype = temperature, weight, loss, dtype
         self.module, self.select, self.mask, self.features = module, select, mask, tuple(features)
@@ -139,6 +144,8 @@ class Distillation(pl.Callback, ModuleHooks):
     def on_train_batch_start(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
     ) -> None:
+        if self._batch is None and self.mask is None and "mask" in _parameters(self.loss):
+            _warn_of_ignored_targets(batch)
         self._batch = batch
 
     @override
@@ -279,6 +286,28 @@ def _check(*, temperature: float, weight: float, dtype: str) -> None:
         raise ValueError(f"Distillation: weight={weight} is not allowed; choose a value that is not negative")
     if dtype not in _DTYPES:
         raise ValueError(f"Distillation: dtype={dtype!r} is not allowed; choose one of {sorted(_DTYPES)}")
+
+
+def _check_kinds(*, mask: Any, features: Any, reasoning: Any) -> None:
+    if mask is not None and not callable(mask):
+        raise TypeError(
+            f"Distillation: mask={mask!r} is no function of the batch; pass TargetMask({mask!r}) or your own"
+        )
+    if isinstance(features, FeatureMatch) or not all(isinstance(each, FeatureMatch) for each in features):
+        raise TypeError(f"Distillation: features={features!r} is no tuple of FeatureMatch; pass (FeatureMatch(...),)")
+    if reasoning is not None and not isinstance(reasoning, ReasoningMatch):
+        raise TypeError(f"Distillation: reasoning={reasoning!r} is no ReasoningMatch; pass ReasoningMatch(layer, ...)")
+
+
+def _warn_of_ignored_targets(batch: Any) -> None:
+    found = ignored_targets(batch)
+    if found is not None:
+        key, share = found
+        rank_zero_warn(
+            f"Distillation: {share:.0%} of batch[{key!r}] are -100, which losses leave out, but the teacher's loss "
+            f"counts every position. Pass mask=TargetMask({key!r}) where targets and logits are aligned, or "
+            f"mask=lambda batch: next_token_mask(batch[{key!r}]) where they are shifted inside the model."
+        )
 
 
 def _check_ran(name: str, features: dict[str, Any], match: FeatureMatch | ReasoningMatch) -> None:

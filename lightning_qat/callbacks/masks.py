@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
+import torch
 from torch import Tensor
 
 from lightning_qat.losses import (
@@ -146,6 +147,25 @@ class KindWeights:
     def __call__(self, batch: Any) -> Tensor:
         """Return the weights, float32."""
         return step_weights(kinds_from_delimiters(entry(batch, self.key, self), self.kinds), self.weights)
+
+
+def ignored_targets(batch: Any, ignore_index: int = -100) -> tuple[str | int, float] | None:
+    """Return where a batch holds targets that do not count, and their share; None where it holds none.
+
+    Args:
+        batch: a mapping or a sequence of tensors; of anything else nothing is known.
+        ignore_index: the target that does not count.
+
+    Example:
+        >>> import torch
+        >>> ignored_targets({"tokens": torch.tensor([[7, 3]]), "labels": torch.tensor([[-100, 3]])})
+        ('labels', 0.5)
+    """
+    pairs = batch.items() if isinstance(batch, Mapping) else enumerate(batch) if isinstance(batch, list | tuple) else ()
+    for key, value in pairs:
+        if isinstance(value, Tensor) and value.dtype == torch.long and (value == ignore_index).any():
+            return key, float((value == ignore_index).float().mean())
+    return None
 
 
 def entry(batch: Any, key: str | int, asked: object) -> Tensor:

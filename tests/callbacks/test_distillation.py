@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import lightning_qat
 from lightning_qat import QATCallback, recipes
-from lightning_qat.callbacks import Distillation, FeatureMatch
+from lightning_qat.callbacks import Distillation, FeatureMatch, TargetMask
 from lightning_qat.losses import (
     attention_relation_loss,
     hidden_state_mse,
@@ -501,6 +501,24 @@ def test_losses_and_options() -> None:
         Distillation(3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"weight=-0.5 is not allowed"):
         FeatureMatch("*", weight=-0.5)
+    with pytest.raises(TypeError, match=r"mask='targets' is no function of the batch; pass TargetMask\('targets'\)"):
+        Distillation(mask="targets")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"is no tuple of FeatureMatch; pass \(FeatureMatch\(\.\.\.\),\)"):
+        Distillation(features=FeatureMatch("*"))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"reasoning=True is no ReasoningMatch"):
+        Distillation(reasoning=True)  # type: ignore[arg-type]
+
+
+def test_targets_that_nobody_masks_are_said_once() -> None:
+    class Labelled(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return self(batch["x"]).square().mean()
+
+    batch = {"x": torch.randn(2, 2, WIDTH), "labels": torch.tensor([[1, -100], [1, 1]])}
+    with pytest.warns(UserWarning, match=r"25% of batch\['labels'\] are -100.*mask=TargetMask\('labels'\)") as said:
+        fit(Labelled(), Distillation(), train=StatefulLoader([batch] * 3))
+    assert sum("-100" in str(each.message) for each in said) == 1
+    fit(Labelled(), Distillation(mask=TargetMask("labels")), train=StatefulLoader([batch]))
 
 
 def test_a_teacher_needs_weights_of_its_own() -> None:

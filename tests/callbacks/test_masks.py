@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lightning_qat.callbacks import BatchMask, DelimiterMask, KindWeights, TargetMask
-from lightning_qat.callbacks.masks import entry
+from lightning_qat.callbacks.masks import entry, ignored_targets
 from lightning_qat.losses import StepKind
 
 TOKENS = torch.tensor([[4, 9, 5, 9], [8, 4, 4, 4]])
@@ -70,3 +70,18 @@ def test_they_are_values() -> None:
         names = {each.__name__: each for each in (BatchMask, DelimiterMask, TargetMask, KindWeights)}
         shown = re.sub(r"<StepKind\.\w+: (\d)>", r"\1", repr(mask))
         assert eval(shown, names) == mask
+
+
+@pytest.mark.parametrize(
+    ("batch", "found"),
+    [
+        (BATCH, ("targets", 0.375)),
+        ((TOKENS, BATCH["targets"]), (1, 0.375)),
+        ([TOKENS], None),
+        ({"x": torch.tensor([-100.0])}, None),
+        (TOKENS, None),
+        ("text", None),
+    ],
+)
+def test_targets_that_do_not_count_are_found(batch: object, found: object) -> None:
+    assert ignored_targets(batch) == found

@@ -4,6 +4,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
@@ -11,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 
-from lightning_qat import QATCallback, ReasoningMatch, recipes
+from lightning_qat import QATCallback, ReasoningMatch, callbacks, recipes
 from lightning_qat.callbacks import BatchMask, TargetMask
 from lightning_qat.cli.build import build
 from lightning_qat.data import DigitsData
@@ -35,6 +36,14 @@ def test_keys_are_constructor_arguments(path: Path) -> None:
     for node in targets(yaml.safe_load(path.read_text(encoding="utf-8"))):
         arguments = {name: value for name, value in node.items() if not name.startswith("_")}
         inspect.signature(get_object(node["_target_"])).bind_partial(**arguments)
+
+
+def test_every_callback_has_a_node() -> None:
+    nodes = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in (CONF / "callbacks").glob("*.yaml")]
+    found = {get_object(node["_target_"]) for node in targets(nodes)}
+    public = {getattr(callbacks, name) for name in callbacks.__all__}
+    missing = {each for each in public if isinstance(each, type) and issubclass(each, pl.Callback)} - found
+    assert {each.__name__ for each in missing} == set()
 
 
 @pytest.mark.parametrize("group", ["data", "model"])
