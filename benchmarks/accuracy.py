@@ -45,18 +45,19 @@ from lightning_qat import (
     StraightThrough,
     recipes,
 )
+from lightning_qat.callbacks import TargetMask
 from lightning_qat.data import ArithmeticData, DigitImages, DigitsData, TextData
 from lightning_qat.models import ArithmeticModel, ConvNet, LanguageModel, SequenceClassifier
 
 WIDTHS = (*WEIGHT_BITS, "seq2")
 BITS = {"int4": 4.0, "int3": 3.0, "int2": 2.0, "ternary": 1.58, "binary": 1.0}
 OURS, TEACHER, AFTER_TRAINING = "ours", " + teacher", "after training"
-ABLATIONS: dict[str, Callable[[], list[Any]]] = {
-    "ours, QATCallback alone": list,
-    "ours, with GPTQ": lambda: [GPTQ()],
-    "ours, with gradual rounding": lambda: [GradualQuantization()],
-    "ours, with teacher": lambda: [Distillation()],
-    "ours, without teacher": lambda: [GPTQ(), GradualQuantization()],
+ABLATIONS: dict[str, Callable[[Any], list[Any]]] = {
+    "ours, QATCallback alone": lambda mask: [],
+    "ours, with GPTQ": lambda mask: [GPTQ()],
+    "ours, with gradual rounding": lambda mask: [GradualQuantization()],
+    "ours, with teacher": lambda mask: [Distillation(mask=mask)],
+    "ours, without teacher": lambda mask: [GPTQ(), GradualQuantization()],
 }
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57}  # Student's t, two-sided, for so many seeds
 
@@ -71,6 +72,7 @@ class Task:
         steps: of the float training; a third of them for all that follows.
         batch_sizes: of the float training, and of all that follows.
         learning_rate: the highest of the cosine schedule, in float.
+        mask: which positions have a target, where not all do.
     """
 
     model: Callable[..., L.LightningModule]
@@ -78,6 +80,7 @@ class Task:
     steps: int
     batch_sizes: tuple[int, int]
     learning_rate: float
+    mask: TargetMask | None = None
 
 
 def _text(seed: int, batch_size: int, num_batches: int) -> L.LightningDataModule:
@@ -101,7 +104,7 @@ TASKS = {
     ),
     "arithmetic": Task(
         partial(ArithmeticModel, hidden_size=64, num_heads=4, num_layers=2, window_size=42),
-        _arithmetic, 1500, (64, 32), 4e-3,
+        _arithmetic, 1500, (64, 32), 4e-3, TargetMask(),
     ),
 }  # fmt: skip
 # Of the highest learning rate of the float training; the same for all methods. The best of 1/8 to 2 for plain LSQ
@@ -161,22 +164,22 @@ def _after_training(width: str, *, search: bool) -> Recipe:
     return Recipe((Rule("*", LayerSpec(weight, spec.input)),))
 
 
-def _callbacks(method: str, width: str, module: L.LightningModule) -> list[Any]:
+def _callbacks(method: str, width: str, module: L.LightningModule, mask: TargetMask | None) -> list[Any]:
     if method.startswith(AFTER_TRAINING):
         return [QATCallback(_but_head(_after_training(width, search="absmax" not in method), module))]
     converting = [QATCallback(_but_head(recipes.named(width), module))] if method.startswith(OURS) else []
     if method == OURS:
-        return [*converting, GPTQ(), GradualQuantization(), Distillation()]
+        return [*converting, GPTQ(), GradualQuantization(), Distillation(mask=mask)]
     if method in ABLATIONS:
-        return [*converting, *ABLATIONS[method]()]
-    return [Distillation(copy.deepcopy(module))] if method.endswith(TEACHER) else converting
+        return [*converting, *ABLATIONS[method](mask)]
+    return [Distillation(copy.deepcopy(module), mask=mask)] if method.endswith(TEACHER) else converting
 
 
 def run(name: str, width: str, method: str, seed: int, folder: Path) -> dict[str, float]:
     """Return the test metrics of one training."""
     task = TASKS[name]
     module = _float_model(task, name, width, seed, folder)
-    callbacks = _callbacks(method, width, module)
+    callbacks = _callbacks(method, width, module, task.mask)
     peer = PEERS.get(method.removesuffix(TEACHER))
     if peer is not None:
         if peer.convert is None:
