@@ -46,6 +46,7 @@ from lightning_qat import (
     recipes,
 )
 from lightning_qat.callbacks import TargetMask
+from lightning_qat.callbacks.running import call_module  # predict_step of the arithmetic task writes whole solutions
 from lightning_qat.data import ArithmeticData, DigitImages, DigitsData, TextData
 from lightning_qat.models import ArithmeticModel, ConvNet, LanguageModel, SequenceClassifier
 
@@ -54,10 +55,10 @@ BITS = {"int4": 4.0, "int3": 3.0, "int2": 2.0, "ternary": 1.58, "binary": 1.0}
 OURS, TEACHER, AFTER_TRAINING = "ours", " + teacher", "after training"
 ABLATIONS: dict[str, Callable[[Any], list[Any]]] = {
     "ours, QATCallback alone": lambda mask: [],
-    "ours, with GPTQ": lambda mask: [GPTQ()],
+    "ours, with GPTQ": lambda mask: [GPTQ(forward=call_module)],
     "ours, with gradual rounding": lambda mask: [GradualQuantization()],
     "ours, with teacher": lambda mask: [Distillation(mask=mask)],
-    "ours, without teacher": lambda mask: [GPTQ(), GradualQuantization()],
+    "ours, without teacher": lambda mask: [GPTQ(forward=call_module), GradualQuantization()],
 }
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57}  # Student's t, two-sided, for so many seeds
 
@@ -169,7 +170,7 @@ def _callbacks(method: str, width: str, module: L.LightningModule, mask: TargetM
         return [QATCallback(_but_head(_after_training(width, search="absmax" not in method), module))]
     converting = [QATCallback(_but_head(recipes.named(width), module))] if method.startswith(OURS) else []
     if method == OURS:
-        return [*converting, GPTQ(), GradualQuantization(), Distillation(mask=mask)]
+        return [*converting, GPTQ(forward=call_module), GradualQuantization(), Distillation(mask=mask)]
     if method in ABLATIONS:
         return [*converting, *ABLATIONS[method](mask)]
     return [Distillation(copy.deepcopy(module), mask=mask)] if method.endswith(TEACHER) else converting

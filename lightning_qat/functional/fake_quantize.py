@@ -186,7 +186,7 @@ class Setting:
         if small or x.dtype != self.scale.dtype:
             return self.values(self.levels(x), x.dtype)
         out = torch.empty_like(x)
-        for part, rows in self._parts(x, _LARGE):
+        for part, rows in self.parts(x, _LARGE):
             u = _units(x[rows], part.scale, out=out[rows])
             levels = _levels_(u, part.zero_point, lo=self.lo, hi=self.hi, rounding=self.rounding)
             dequantize_(levels, part.scale, part.zero_point)
@@ -223,7 +223,7 @@ class Setting:
         sums = torch.zeros_like(self.scale) if needs[1] and self.learned else None
         total = torch.zeros_like(self.temperature) if needs[2] and self.temperature is not None else None
         scratch = Scratch()
-        for part, rows in self._parts(x, _CHUNK):
+        for part, rows in self.parts(x):
             scratch.begin(shared=rows is not ...)
             wide, point = _wide(grad[rows]), part._point(x[rows], scratch)
             if out is not None:
@@ -257,7 +257,7 @@ class Setting:
         u = u if self.zero_point is None else u.add_(self.zero_point)
         return Point(wide, u, q, self.scale, self.lo, self.hi, self.rounding, self.temperature)
 
-    def _parts(self, x: Tensor, size: int) -> Iterator[tuple["Setting", Any]]:
+    def parts(self, x: Tensor, size: int = _CHUNK) -> Iterator[tuple["Setting", Any]]:
         """Split along the first dimension where temporaries of the whole size would be slow: on CPU, in eager mode."""
         num_rows = max(1, size * x.shape[0] // max(1, x.numel())) if x.dim() else 1
         if x.device.type != "cpu" or torch.compiler.is_compiling() or x.dim() == 0 or num_rows >= x.shape[0]:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from lightning_qat.functional.fake_quantize import Rounding, narrow, quantize
+from lightning_qat.functional.gradients import number
 
 
 def soft_values(
@@ -32,13 +33,12 @@ def soft_values(
     >>> [soft_values(x, torch.ones(1), None, torch.tensor(s), rounding=Int(2), **bounds).tolist() for s in (1.0, 0.5)]
     [[0.125, 0.375, 0.75, 1.0], [0.0, 0.25, 1.0, 1.0]]
     """
-    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    u = torch.nan_to_num_((x if x.dtype in (torch.float32, torch.float64) else x.float()) / scale)
+    if zero_point is not None:
+        u.add_(zero_point)
     q = quantize(x, scale, zero_point, lo=lo, hi=hi, rounding=rounding)
-    u = torch.nan_to_num(wide / scale)
-    u = (u if zero_point is None else u + zero_point).clamp(lo, hi)
-    side = torch.sign(u - q)
-    border = q + rounding.half_cell * side
-    soft = torch.where(side > 0, torch.maximum(border + (u - border) / softness, q), q)
-    soft = torch.where(side < 0, torch.minimum(border + (u - border) / softness, q), soft)
-    steps = soft if zero_point is None else soft - zero_point
-    return narrow(steps * scale, x.dtype)
+    # how far past its level, up to half a cell; clamp takes tensors or numbers, not one of each
+    past = u.clamp_(number(lo), number(hi)).sub_(q)  # type: ignore[arg-type]
+    # |b + (u - b) / rho - q|, which the level bounds from below
+    soft = past.abs().div_(softness).add_(rounding.half_cell * (1 - 1 / softness)).relu_().copysign_(past).add_(q)
+    return narrow((soft if zero_point is None else soft.sub_(zero_point)).mul_(scale), x.dtype)

@@ -156,8 +156,11 @@ class FakeQuantizer(nn.Module):
     @torch.no_grad()
     def _softened(self, x: Tensor, setting: Setting) -> Tensor:
         assert self.softness is not None  # noqa: S101 - softened says so
-        softness = self.softness.to(x.device)
-        return soft_values(x, setting.scale, setting.zero_point, softness, lo=self.lo, hi=self.hi, rounding=self.family)
+        softness, out = self.softness.to(x.device), torch.empty_like(x)
+        bounds = {"lo": self.lo, "hi": self.hi}
+        for part, rows in setting.parts(x):
+            out[rows] = soft_values(x[rows], part.scale, part.zero_point, softness, **bounds, rounding=self.family)
+        return out
 
     def setting(self, x: Tensor, known: tuple[Tensor, Tensor | None] | None = None) -> tuple[Tensor, Setting]:
         """Return x so shaped that scales broadcast to it, and how it is fake-quantized.
