@@ -21,9 +21,9 @@ class GradualQuantization(pl.Callback):
     r"""Lets the rounding of weights set in over the first part of a training, in the place of all at once.
 
     The staircase of rounding starts as the identity (within the range of the grid) and becomes steeper with every
-    optimizer step: its slopes between levels are :math:`1 / (1 - t)` with t = step / (fraction x steps of the run).
-    Then, and in validation, test, export always, rounding is what it is. The network is never broken, which at 2 bits
-    and below is worth more than any setting of the optimizer; the figures are in ``benchmarks/README.md``.
+    optimizer step: its slopes between levels are :math:`1 / (1 - t)^2` with t = step / (fraction x steps of the run).
+    Then, and in validation, test, export always, rounding is what it is. The network is never broken, which pays at 2
+    bits and below, most where a short training must bring back much; the figures are in ``benchmarks/README.md``.
 
     The step is the trainer's, so a resumed run goes on bit-identically. While values lie between levels, products are
     those of floats and the fused forward of linear layers is not in use; a compiled model is compiled once more when
@@ -45,7 +45,7 @@ class GradualQuantization(pl.Callback):
         trainer = L.Trainer(callbacks=[QATCallback(recipes.ternary()), GradualQuantization(), Distillation()])
     """
 
-    def __init__(self, fraction: float = 0.3, match: str = "*") -> None:
+    def __init__(self, fraction: float = 0.8, match: str = "*") -> None:
         if not isinstance(fraction, int | float) or not 0 < fraction <= 1:
             raise ValueError(f"GradualQuantization: fraction={fraction!r} is not allowed; choose a share in (0, 1]")
         self.fraction, self.match = float(fraction), match
@@ -79,7 +79,7 @@ class GradualQuantization(pl.Callback):
     def on_train_batch_start(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
     ) -> None:
-        softness = 1.0 - trainer.global_step / self._num_steps
+        softness = max(0.0, 1.0 - trainer.global_step / self._num_steps) ** 2
         for quantizer in self._quantizers:
             _soften(quantizer, softness)
         if softness <= 0:

@@ -47,7 +47,7 @@ def test_from_the_identity_to_rounding(recipe: str) -> None:
         return
     fit(model, QATCallback(recipes.named(recipe)), GradualQuantization(0.5), train=loader(64), val=loader(8),
         val_check_interval=2, num_sanity_val_steps=1)  # fmt: skip
-    assert [round(softness, 6) for softness, _, _ in model.seen] == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0, 0.0, 0.0]
+    assert [round(softness, 6) for softness, _, _ in model.seen] == [1.0, 0.5625, 0.25, 0.0625, 0.0, 0.0, 0.0, 0.0]
     assert model.seen[0][1] < 1e-6  # the identity, within the range
     assert all(distance > 0 for _, _, distance in model.seen[:3])
     assert all(distance == 0 for _, _, distance in model.seen[4:])
@@ -115,4 +115,4 @@ def test_clear_errors() -> None:
     wide = Recipe((Rule("*", LayerSpec(QuantizerSpec(Ternary(0.7)))),))
     with pytest.raises(ValueError, match="not in the middle"):
         fit(Net(), QATCallback(wide), GradualQuantization())
-    assert repr(GradualQuantization()) == "GradualQuantization(0.3, '*')"
+    assert repr(GradualQuantization()) == "GradualQuantization(0.8, '*')"
