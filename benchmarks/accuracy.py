@@ -51,7 +51,7 @@ from lightning_qat.data import ArithmeticData, DigitImages, DigitsData, TextData
 from lightning_qat.models import ArithmeticModel, ConvNet, LanguageModel, SequenceClassifier
 
 WIDTHS = (*WEIGHT_BITS, "seq2")
-BITS = {"int4": 4.0, "int3": 3.0, "int2": 2.0, "ternary": 1.58, "binary": 1.0}
+BITS = {"int8": 8.0, "int4": 4.0, "int3": 3.0, "int2": 2.0, "ternary": 1.58, "binary": 1.0}
 OURS, TEACHER, AFTER_TRAINING = "ours", " + teacher", "after training"
 ABLATIONS: dict[str, Callable[[Any], list[Any]]] = {
     "ours, QATCallback alone": lambda mask: [],
@@ -241,17 +241,46 @@ def table(results: dict[str, Any], task: str) -> list[dict[str, str]]:
     return list(found.values())
 
 
+def comparison(results: dict[str, Any], task: str) -> list[dict[str, str]]:
+    """Return a row for each width: the best peer, ours, and what ours recovers of the loss of rounding alone."""
+    rows = []
+    for width in WIDTHS:
+        same = "int2" if width == "seq2" else width  # as many bits
+        peers = {name: values for name in PEERS if (values := excess(results, task, same, name))}
+        own, after = excess(results, task, width, OURS), excess(results, task, same, AFTER_TRAINING)
+        if not peers or not own or not after:
+            continue
+        best = min(peers, key=lambda name: statistics.fmean(peers[name]))
+        pairs = [ours - peer for ours, peer in zip(own, peers[best], strict=True)]
+        ours, peer = statistics.fmean(own), statistics.fmean(peers[best])
+        rows.append(
+            {
+                "width": width, "best peer": best, "excess": f"{peer:.4f}", "ours": f"{ours:.4f}",
+                "paired": "{:+.4f} ± {:.4f}".format(*summary(pairs)), "ratio": f"{ours / peer:.2f}",
+                "recovered": f"{1 - ours / statistics.fmean(after):.1%}",
+            }
+        )  # fmt: skip
+    return rows
+
+
+def show(columns: list[str], rows: list[dict[str, str]]) -> None:
+    """Print a table in Markdown."""
+    for line in (columns, ["---"] * len(columns), *([row.get(c, "") for c in columns] for row in rows)):
+        print("| " + " | ".join(line) + " |")
+
+
 def report(results: dict[str, Any]) -> None:
-    """Print a table for each task."""
+    """Print two tables for each task."""
     for task in TASKS:
         rows = table(results, task)
         if not rows:
             continue
         reference = [entry["loss"] for entry in results[f"{task}/float/float"].values()]
         print(f"\n{task}: excess loss (float, same budget: {statistics.fmean(reference):.4f})\n")
-        columns = ["method", *(width for width in WIDTHS if any(width in row for row in rows))]
-        for line in (columns, ["---"] * len(columns), *([row.get(c, "") for c in columns] for row in rows)):
-            print("| " + " | ".join(line) + " |")
+        show(["method", *(width for width in WIDTHS if any(width in row for row in rows))], rows)
+        print()
+        against = comparison(results, task)
+        show(list(against[0]) if against else [], against)
 
 
 def plot(results: dict[str, Any], path: Path) -> None:

@@ -25,7 +25,7 @@ def main() -> None:
     L.Trainer(max_epochs=20, **quiet).fit(model, data)
 
     model.learning_rate = 1.5e-3  # half of the float training's: 2 bits and below want more than a float model does
-    callbacks = [QATCallback(recipes.int2()), GPTQ(num_batches=8), GradualQuantization(0.3), Distillation()]
+    callbacks = [QATCallback(recipes.int2()), GPTQ(num_batches=8), GradualQuantization(), Distillation()]
     trainer = L.Trainer(max_epochs=10, callbacks=callbacks, **quiet)
     trainer.fit(model, data)
     trainer.test(model, data)

@@ -5,6 +5,7 @@ from typing import Any, Final, final
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from typing_extensions import override
 
@@ -14,6 +15,7 @@ from lightning_qat.quantization.grid import Ternary
 from lightning_qat.quantization.quantizer import FakeQuantizer
 
 _MIDDLE: Final = 0.5
+_LEAST_LEVELS: Final = 2
 
 
 @final
@@ -23,7 +25,8 @@ class GradualQuantization(pl.Callback):
     The staircase of rounding starts as the identity (within the range of the grid) and becomes steeper with every
     optimizer step: its slopes between levels are :math:`1 / (1 - t)^2` with t = step / (fraction x steps of the run).
     Then, and in validation, test, export always, rounding is what it is. The network is never broken, which pays at 2
-    bits and below, most where a short training must bring back much; the figures are in ``benchmarks/README.md``.
+    bits and below, most where a short training must bring back much. At 3 bits and more it takes more than it gives, so
+    weights with more levels are rounded from the first step on. The figures are in ``benchmarks/README.md``.
 
     The step is the trainer's, so a resumed run goes on bit-identically. While values lie between levels, products are
     those of floats and the fused forward of linear layers is not in use; a compiled model is compiled once more when
@@ -32,9 +35,10 @@ class GradualQuantization(pl.Callback):
     Args:
         fraction: share of the run's optimizer steps, in (0, 1].
         match: glob over dotted layer names.
+        most_levels: of the grids that it is for, 2 or more: 4 is 2 bits, 8 is 3 bits.
 
     Raises:
-        ValueError: a fraction out of range. When training starts: a model that is not prepared, a pattern that matches
+        ValueError: values out of range. When training starts: a model that is not prepared, a pattern that matches
             no quantized weight, a run without end, grids whose borders are not in the middle between levels.
 
     Source: the annealing of PARQ, arXiv:2503.15748; deviations: see
@@ -45,16 +49,18 @@ class GradualQuantization(pl.Callback):
         trainer = L.Trainer(callbacks=[QATCallback(recipes.ternary()), GradualQuantization(), Distillation()])
     """
 
-    def __init__(self, fraction: float = 0.8, match: str = "*") -> None:
+    def __init__(self, fraction: float = 0.8, match: str = "*", *, most_levels: int = 4) -> None:
         if not isinstance(fraction, int | float) or not 0 < fraction <= 1:
             raise ValueError(f"GradualQuantization: fraction={fraction!r} is not allowed; choose a share in (0, 1]")
-        self.fraction, self.match = float(fraction), match
+        if not isinstance(most_levels, int) or most_levels < _LEAST_LEVELS:
+            raise ValueError(f"GradualQuantization: most_levels={most_levels!r} is not allowed; choose 2 or more")
+        self.fraction, self.match, self.most_levels = float(fraction), match, most_levels
         self._quantizers: list[FakeQuantizer] = []
         self._num_steps = 1.0
 
     def __repr__(self) -> str:
         """Return an expression that evaluates back."""
-        return f"GradualQuantization({self.fraction!r}, {self.match!r})"
+        return f"GradualQuantization({self.fraction!r}, {self.match!r}, most_levels={self.most_levels!r})"
 
     @override
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -66,6 +72,12 @@ class GradualQuantization(pl.Callback):
             raise ValueError(
                 f"GradualQuantization: match={self.match!r} matches no layer with a quantized weight; "
                 + (f"there are {names[:8]}" if names else "QATCallback(recipe) quantizes the model")
+            )
+        chosen = {name: q for name, q in chosen.items() if q.grid.num_levels <= self.most_levels}
+        if not chosen:
+            rank_zero_info(
+                f"GradualQuantization: all weights have more than most_levels={self.most_levels} levels; they are "
+                "rounded from the first step on."
             )
         for name, quantizer in chosen.items():
             if isinstance(quantizer.grid, Ternary) and quantizer.grid.threshold != _MIDDLE:

@@ -8,7 +8,17 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from lightning_qat import GradualQuantization, LayerSpec, QATCallback, QuantizerSpec, Recipe, Rule, Ternary, recipes
+from lightning_qat import (
+    GradualQuantization,
+    Int,
+    LayerSpec,
+    QATCallback,
+    QuantizerSpec,
+    Recipe,
+    Rule,
+    Ternary,
+    recipes,
+)
 from tests.callbacks._models import Net, StatefulLoader, assert_equal_states, fake_quantizers, fit, loader, state
 
 
@@ -115,4 +125,18 @@ def test_clear_errors() -> None:
     wide = Recipe((Rule("*", LayerSpec(QuantizerSpec(Ternary(0.7)))),))
     with pytest.raises(ValueError, match="not in the middle"):
         fit(Net(), QATCallback(wide), GradualQuantization())
-    assert repr(GradualQuantization()) == "GradualQuantization(0.8, '*')"
+    with pytest.raises(ValueError, match="most_levels=1 is not allowed; choose 2 or more"):
+        GradualQuantization(most_levels=1)
+    assert repr(GradualQuantization()) == "GradualQuantization(0.8, '*', most_levels=4)"
+
+
+def test_grids_with_more_levels_are_rounded_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    rules = (Rule("first", LayerSpec(QuantizerSpec(Int(3)))), Rule("*", LayerSpec(QuantizerSpec(Int(2)))))
+    for options, seen in (({}, False), ({"most_levels": 8}, True)):
+        model = Watching()
+        fit(model, QATCallback(Recipe(rules)), GradualQuantization(**options), train=loader(16))
+        assert (model.seen[0][2] > 0) == seen
+    assert "most_levels" not in caplog.text
+    with caplog.at_level("INFO"):
+        fit(Net(), QATCallback(recipes.int4()), GradualQuantization())
+    assert "all weights have more than most_levels=4 levels" in caplog.text
