@@ -74,7 +74,10 @@ def int3(group_size: int | None = None, scale_dtype: str = "float32") -> Recipe:
 
 
 def int2(group_size: int | None = None, scale_dtype: str = "float32") -> Recipe:
-    """2-bit weights, learned scale per channel or group, started at the least error. Source: LSQ, arXiv:1902.08153."""
+    """2-bit weights, learned scale per channel or group, started at the least error. Source: LSQ, arXiv:1902.08153.
+
+    For what reads integers. Where nothing has to, :func:`seq2` keeps more of a language model in the same bits.
+    """
     return _weight_only("int2", Int(2), group_size, scale_dtype)
 
 
