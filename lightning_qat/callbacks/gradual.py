@@ -49,7 +49,7 @@ class GradualQuantization(pl.Callback):
         trainer = L.Trainer(callbacks=[QATCallback(recipes.ternary()), GradualQuantization(), Distillation()])
     """
 
-    def __init__(self, fraction: float = 0.8, match: str = "*", *, most_levels: int = 4) -> None:
+    def __init__(self, fraction: float = 0.6, match: str = "*", *, most_levels: int = 4) -> None:
         if not isinstance(fraction, int | float) or not 0 < fraction <= 1:
             raise ValueError(f"GradualQuantization: fraction={fraction!r} is not allowed; choose a share in (0, 1]")
         if not isinstance(most_levels, int) or most_levels < _LEAST_LEVELS:

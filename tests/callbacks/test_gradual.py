@@ -127,7 +127,7 @@ def test_clear_errors() -> None:
         fit(Net(), QATCallback(wide), GradualQuantization())
     with pytest.raises(ValueError, match="most_levels=1 is not allowed; choose 2 or more"):
         GradualQuantization(most_levels=1)
-    assert repr(GradualQuantization()) == "GradualQuantization(0.8, '*', most_levels=4)"
+    assert repr(GradualQuantization()) == "GradualQuantization(0.6, '*', most_levels=4)"
 
 
 def test_grids_with_more_levels_are_rounded_at_once(caplog: pytest.LogCaptureFixture) -> None:
