@@ -233,7 +233,8 @@ def table(results: dict[str, Any], task: str) -> list[dict[str, str]]:
     """Return a row for each method and a column for each width: excess loss and half its 95 % interval."""
     found: dict[str, dict[str, str]] = {}
     for width in WIDTHS:
-        for method in [*methods(width), *ABLATIONS, *(f"{peer}{TEACHER}" for peer in PEERS)]:
+        for method in [*methods("float"), AFTER_TRAINING, f"{AFTER_TRAINING}, absmax", *PEERS, *ABLATIONS, OURS,
+                       *(f"{peer}{TEACHER}" for peer in PEERS)]:  # fmt: skip
             values = excess(results, task, width, method)
             if values:
                 mean, half = summary(values)
@@ -284,31 +285,29 @@ def report(results: dict[str, Any]) -> None:
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Draw excess loss against the bits of a weight: ours, the peers, post-training."""
+    """Draw excess loss against the bits of a weight: ours, the peers, post-training; not of tasks that saturate."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    tasks = [task for task in TASKS if table(results, task)]
-    figure, axes = plt.subplots(1, len(tasks), figsize=(4 * len(tasks), 4), layout="constrained", squeeze=False)
+    tasks = [task for task in ("text", "arithmetic") if table(results, task)]
+    figure, axes = plt.subplots(1, len(tasks), figsize=(5.5 * len(tasks), 4), layout="constrained", squeeze=False)
     for axis, task in zip(axes[0], tasks, strict=True):
-        for method in dict.fromkeys(m for width in BITS for m in methods(width)):
-            points = [(BITS[w], statistics.fmean(v)) for w in BITS if (v := excess(results, task, w, method))]
-            if points:
-                style = {"linewidth": 2.5, "color": "black"} if method == OURS else {"linewidth": 1, "alpha": 0.8}
-                axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=method, **style)
+        for number, method in enumerate([AFTER_TRAINING, *PEERS, "ours, QATCallback alone", OURS]):
+            means = {w: statistics.fmean(v) for w in BITS if (v := excess(results, task, w, method))}
+            style = {"linewidth": 2.5, "color": "black", "zorder": 3} if method == OURS else {"color": f"C{number}"}
+            places = [list(BITS).index(width) for width in means]
+            axis.plot(places, list(means.values()), marker="o", markersize=3, label=method, **style)
+        if half_integers := excess(results, task, "seq2", OURS):
+            axis.plot(list(BITS).index("int2"), statistics.fmean(half_integers), "k*", zorder=3, label="ours, seq2")
         axis.axhline(0.0, color="gray", linestyle=":", label="float, same budget")
         axis.set(
-            title=task,
-            xlabel="bits per weight",
-            xticks=list(BITS.values()),
-            xticklabels=[f"{bits:g}" for bits in BITS.values()],
+            title=task, xlabel="bits per weight", xticks=range(len(BITS)), xticklabels=[f"{b:g}" for b in BITS.values()]
         )
-        axis.set_yscale("symlog", linthresh=0.01)
-        axis.invert_xaxis()
+        axis.set_yscale("symlog", linthresh=0.01 if task == "text" else 0.001)
     axes[0][0].set_ylabel("loss above float, nats")
-    axes[0][-1].legend(fontsize=7)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), fontsize=8, loc="outside right center")
     figure.savefig(path, dpi=120)
 
 
@@ -319,7 +318,8 @@ def _jobs(arguments: argparse.Namespace) -> list[tuple[str, str, str, int]]:
         for width in arguments.width
         for method in (arguments.method or methods(width))
         for seed in arguments.seed
-        if method in methods(width) or method in ABLATIONS or method.removesuffix(TEACHER) in methods(width)
+        if method in methods(width)
+        or (width != "float" and (method in ABLATIONS or method.removesuffix(TEACHER) in methods(width)))
     ]
 
 
