@@ -54,6 +54,7 @@ class Safetensors(Backend):
         description = json.dumps(_description(source), sort_keys=True, separators=(",", ":"))
         metadata = {"format": "pt", _DESCRIPTION: description, _CHECKSUM: checksum(description, tensors.items())}
         save_file(tensors, path, metadata)
+        _order_metadata(path)
         share(path)
 
     @override
@@ -62,6 +63,18 @@ class Safetensors(Backend):
         state = model.state_dict()
         kept = {name: state[name] for name in (*source.weights, *source.floats)}
         return kept, lambda batch: source.forward(model, batch)
+
+
+def _order_metadata(path: Path) -> None:
+    """Sort the metadata of a file in place: save_file() takes them in another order each time, equal models differ."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        if len(text) == size:
+            file.seek(8)
+            file.write(text)
 
 
 def packed_tensors(source: Source) -> dict[str, Tensor]:

@@ -138,6 +138,14 @@ def test_parametrized_modules_become_plain(tmp_path: Path) -> None:
     assert torch.equal(load(path, build()).eval()(x), model.eval()(x))
 
 
+def test_equal_models_give_equal_files(tmp_path: Path) -> None:
+    files = [tmp_path / f"{number}.safetensors" for number in range(6)]
+    for file in files:
+        torch.manual_seed(0)
+        export(prepared(MLP, "int4"), file)
+    assert len({file.read_bytes() for file in files}) == 1
+
+
 def test_meta_device(tmp_path: Path) -> None:
     model = prepared(MLP, "piq2")
     path = export(model, tmp_path / "model.safetensors").path
