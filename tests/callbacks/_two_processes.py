@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.distributed.fsdp import fully_shard
 
 from lightning_qat import (
@@ -142,3 +142,5 @@ if __name__ == "__main__":
     {"ddp": ddp, "bits": bits, "compensated": compensated, "fork": fork, "lora": lora, "shard": shard}[sys.argv[1]](
         Path(sys.argv[2])
     )
+    if distributed.is_initialized():  # or threads that wait for the other process abort this one
+        distributed.destroy_process_group()
