@@ -35,7 +35,8 @@ class GradualQuantization(pl.Callback):
     Args:
         fraction: share of the run's optimizer steps, in (0, 1].
         match: glob over dotted layer names.
-        most_levels: of the grids that it is for, 2 or more: 4 is 2 bits, 8 is 3 bits.
+        most_levels: of the grids that it is for, 2 or more: 4 is 2 bits, 8 is 3 bits. Where ``ProgressiveBitWidth``
+            changes grids, that of the step counts.
 
     Raises:
         ValueError: values out of range. When training starts: a model that is not prepared, a pattern that matches
@@ -55,7 +56,7 @@ class GradualQuantization(pl.Callback):
         if not isinstance(most_levels, int) or most_levels < _LEAST_LEVELS:
             raise ValueError(f"GradualQuantization: most_levels={most_levels!r} is not allowed; choose 2 or more")
         self.fraction, self.match, self.most_levels = float(fraction), match, most_levels
-        self._quantizers: list[FakeQuantizer] = []
+        self._quantizers: dict[str, FakeQuantizer] = {}
         self._num_steps = 1.0
 
     def __repr__(self) -> str:
@@ -73,35 +74,39 @@ class GradualQuantization(pl.Callback):
                 f"GradualQuantization: match={self.match!r} matches no layer with a quantized weight; "
                 + (f"there are {names[:8]}" if names else "QATCallback(recipe) quantizes the model")
             )
-        chosen = {name: q for name, q in chosen.items() if q.grid.num_levels <= self.most_levels}
-        if not chosen:
+        if not any(self._is_soft(name, quantizer) for name, quantizer in chosen.items()):
             rank_zero_info(
                 f"GradualQuantization: all weights have more than most_levels={self.most_levels} levels; they are "
                 "rounded from the first step on."
             )
-        for name, quantizer in chosen.items():
-            if isinstance(quantizer.grid, Ternary) and quantizer.grid.threshold != _MIDDLE:
-                raise ValueError(
-                    f"GradualQuantization: {name} has {quantizer.grid!r}, whose borders are not in the middle between "
-                    "levels; choose Ternary(), or leave the layer out with match="
-                )
-        self._quantizers = list(chosen.values())
+        self._quantizers = chosen
+
+    def _is_soft(self, name: str, quantizer: FakeQuantizer) -> bool:
+        """Return whether the grid that a weight has now is one of those that it is for."""
+        grid = quantizer.grid
+        if isinstance(grid, Ternary) and grid.threshold != _MIDDLE:
+            raise ValueError(
+                f"GradualQuantization: {name} has {grid!r}, whose borders are not in the middle between levels; choose "
+                "Ternary(), or leave the layer out with match="
+            )
+        return grid.num_levels <= self.most_levels
 
     @override
     def on_train_batch_start(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
     ) -> None:
         softness = max(0.0, 1.0 - trainer.global_step / self._num_steps) ** 2
-        for quantizer in self._quantizers:
-            _soften(quantizer, softness)
+        for name, quantizer in self._quantizers.items():
+            # asked anew: ProgressiveBitWidth may have changed the grid, and a resumed run must find the same
+            _soften(quantizer, softness if self._is_soft(name, quantizer) else 0.0)
         if softness <= 0:
-            self._quantizers = []
+            self._quantizers = {}
 
     @override
     def teardown(self, trainer: "pl.Trainer", pl_module: nn.Module, stage: str) -> None:
-        for quantizer in self._quantizers:
+        for quantizer in self._quantizers.values():
             quantizer.softness = None
-        self._quantizers = []
+        self._quantizers = {}
 
     @override
     def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:

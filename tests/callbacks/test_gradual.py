@@ -12,6 +12,7 @@ from lightning_qat import (
     GradualQuantization,
     Int,
     LayerSpec,
+    ProgressiveBitWidth,
     QATCallback,
     QuantizerSpec,
     Recipe,
@@ -140,3 +141,18 @@ def test_grids_with_more_levels_are_rounded_at_once(caplog: pytest.LogCaptureFix
     with caplog.at_level("INFO"):
         fit(Net(), QATCallback(recipes.int4()), GradualQuantization())
     assert "all weights have more than most_levels=4 levels" in caplog.text
+
+
+def test_a_lower_width_on_the_way_softens_and_resumes_bit_identically(tmp_path: Path) -> None:
+    def run(folder: Path, ckpt: Path | None = None) -> tuple[Watching, dict[str, Tensor]]:
+        model = Watching()
+        saves = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        lower = ProgressiveBitWidth({0: 8, 1: 3, 3: 2}, unit="step")
+        callbacks = [QATCallback(recipes.int2()), lower, GradualQuantization(1.0), saves]
+        fit(model, *callbacks, train=StatefulLoader(list(loader(48))), ckpt=ckpt)
+        return model, state(model)
+
+    model, whole = run(tmp_path)
+    assert [softness > 0 for softness, _, _ in model.seen] == [False, False, False, True, True, True]
+    for step in (2, 4):
+        assert_equal_states(run(tmp_path / "resumed", tmp_path / f"step={step}.ckpt")[1], whole)
