@@ -8,8 +8,8 @@ optimizer, schedule and batches: training goes on in float (the reference, with 
 quantization by a method. The teacher is the float model as it was. Weights of all linear layers but the head are
 quantized, one scale per output channel (bitnet: per tensor). Figures are losses on the test data in nats; excess is the
 loss above the float reference of the same seed. Ours is ``QATCallback(recipe), GPTQ(), GradualQuantization(),
-Distillation()``, the same for every task and width, with the defaults of the package, which were chosen on the
-validation data of the text, seed 0.
+Distillation()``, the same for every task and width, with the defaults of the package. They were chosen on validation
+data, but for how rounding sets in, see benchmarks/README.md.
 """
 
 import argparse
