@@ -131,8 +131,11 @@ def _owners(model: nn.Module, match: Globs, complete: bool) -> list[tuple[str, n
     if complete and (idle or not chosen):
         names = ", ".join(dict.fromkeys(layer or "(the model itself)" for layer, _, _ in present[:5]))
         raise ValueError(f"add_lora: match={idle or globs} matches no quantized layer; there are {names}, ...")
-    tied = {id(latent(m, slot)) for _, m, slot in chosen}
-    return [(joined(layer, slot), m, slot) for layer, m, slot in present if id(latent(m, slot)) in tied]
+    # By parameter: what a parametrization computes is another tensor each time, and is owned by its layer alone.
+    tied = {id(m._parameters.get(slot)) for _, m, slot in chosen} - {id(None)}
+    chosen_names = {name for name, _, _ in chosen}
+    owners = [(joined(layer, slot), m, slot) for layer, m, slot in present]
+    return [(name, m, slot) for name, m, slot in owners if name in chosen_names or id(m._parameters.get(slot)) in tied]
 
 
 def _listed(globs: Globs) -> list[str]:

@@ -306,11 +306,28 @@ def test_refusals() -> None:
         add_lora(model, 3)
 
 
+class Doubled(nn.Module):
+    """A parametrization whose results stay alive, so that no later one takes the place in memory of an earlier one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.results: list[Tensor] = []
+
+    def forward(self, weight: Tensor) -> Tensor:
+        self.results.append(2 * weight)
+        return self.results[-1]
+
+
 def test_weights_that_are_computed_are_refused() -> None:
-    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 5)))
-    prepare(model, WEIGHT_ONLY)
-    with pytest.raises(ValueError, match=r"0.weight: it is computed from other parameters \(pruning, weight_norm"):
-        add_lora(model, 2)
+    doubled = nn.Linear(6, 5)
+    nn.utils.parametrize.register_parametrization(doubled, "weight", Doubled())
+    for layer in (nn.utils.parametrizations.weight_norm(nn.Linear(6, 5)), doubled):
+        model = nn.Sequential(layer, nn.Linear(5, 5))
+        prepare(model, WEIGHT_ONLY)
+        for match in ("*", "0"):
+            with pytest.raises(ValueError, match=r"0.weight: it is computed from other parameters \(pruning, weight_no"):
+                add_lora(model, 2, match=match)
+        assert add_lora(model, 2, match="1") == ("1.weight",)
     model, _ = adapted(nn.Sequential(nn.Linear(6, 5)))
     with pytest.raises(ValueError, match=r"pruned weights cannot stay zero, because a LoRA adapter is added"):
         nn.utils.prune.l1_unstructured(model[0], "weight", amount=0.5)
