@@ -26,7 +26,7 @@ from lightning_qat.conversion.view import (
     weight_quantizer,
 )
 from lightning_qat.conversion.window import setting_in_window
-from lightning_qat.functional.fake_quantize import Setting
+from lightning_qat.functional.fake_quantize import Setting, cast
 from lightning_qat.functional.fused_linear import fused_linear
 from lightning_qat.functional.integer import MAX_FEATURES, integers_are_exact, integers_pay
 from lightning_qat.functional.recomputed_linear import Origin, recomputed_linear
@@ -60,12 +60,12 @@ def _unfused(module: Any, x: Tensor, own_input: bool) -> Tensor:
 def _fused(module: Any, x: Tensor, dtype: torch.dtype, *, own_input: bool, integer: bool) -> Tensor:
     linear, weight, of_weight = _weight(module, integer=integer, dtype=dtype)
     if not own_input:
-        return linear(x.to(dtype), weight, module.bias, of_weight)
+        return linear(cast(x, dtype), weight, module.bias, of_weight)
     for transform in module._modules.get(TRANSFORMS) or ():
         x = transform.input(x)
     quantizer = module._modules.get(INPUT_QUANTIZER)
     if quantizer is None:
-        return linear(x.to(dtype), weight, module.bias, of_weight)
+        return linear(cast(x, dtype), weight, module.bias, of_weight)
     if _watched(module):  # hooks see the values, and the product stays what it is
         module.weight, quantizer(x)
     x, of_input = quantizer.setting(x)

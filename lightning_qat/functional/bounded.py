@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from lightning_qat.functional.application import applied
+
 SCALE_FLOOR = 2.0**-100
 """Smallest scale ever used in float32; far below any useful value, far above the subnormals."""
 
@@ -28,6 +30,11 @@ class _Corrected(torch.autograd.Function):
         return torch.where(value < 0, -grad, grad), None
 
 
+def scale_floor(dtype: torch.dtype) -> float:
+    """Return the smallest scale that is used where scales are stored in a dtype."""
+    return max(SCALE_FLOOR, torch.finfo(dtype).smallest_normal)
+
+
 def finish_scale(scale: Tensor, dtype: torch.dtype = torch.float32, *, largest: float = 2.0**118) -> Tensor:
     """Make a scale positive and finite, and round it to the dtype it will be stored in; returned in float32 or wider.
 
@@ -39,9 +46,8 @@ def finish_scale(scale: Tensor, dtype: torch.dtype = torch.float32, *, largest: 
     >>> finish_scale(torch.tensor([0.0, float("inf"), 0.1]), torch.float16)
     tensor([6.1035e-05, 6.5504e+04, 9.9976e-02])
     """
-    info = torch.finfo(dtype)
-    floor = max(SCALE_FLOOR, info.smallest_normal)
-    scale = torch.nan_to_num(scale, nan=floor).clamp(floor, min(largest, info.max))
+    floor = scale_floor(dtype)
+    scale = torch.nan_to_num(scale, nan=floor).clamp_(floor, min(largest, torch.finfo(dtype).max))
     return scale if dtype in (torch.float32, torch.float64) else scale.to(dtype).float()
 
 
@@ -54,7 +60,8 @@ def positive_scale(scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     tensor([0.5000, 0.2500])
     """
     corrected = finish_scale(scale.detach().abs(), dtype)
-    return _Corrected.apply(scale, corrected)  # type: ignore[no-any-return, no-untyped-call]
+    found: Tensor = applied(_Corrected, scale, corrected)
+    return found
 
 
 def bounded_temperature(temperature: Tensor, least: float, largest: float) -> Tensor:
@@ -64,4 +71,5 @@ def bounded_temperature(temperature: Tensor, least: float, largest: float) -> Te
     tensor([0.5000, 0.0300])
     """
     corrected = torch.nan_to_num(temperature.detach().abs(), nan=least).clamp(least, largest)
-    return _Corrected.apply(temperature, corrected)  # type: ignore[no-any-return, no-untyped-call]
+    found: Tensor = applied(_Corrected, temperature, corrected)
+    return found

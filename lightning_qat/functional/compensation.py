@@ -6,7 +6,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from lightning_qat.functional.fake_quantize import Rounding, quantize
+from lightning_qat.functional.fake_quantize import quantize
+from lightning_qat.functional.points import Rounding
 
 _BLOCK: Final = 128  # columns whose errors reach the columns behind them in one product
 _MARGIN: Final = 0.02  # distance that a moved weight keeps from the border of its cell, in half cells

@@ -1,82 +1,23 @@
 """The one place that computes codes and fake-quantized values, and their gradients."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from lightning_qat.functional.gradients import number, within
+from lightning_qat.functional.application import applied
+from lightning_qat.functional.gradients import number
 from lightning_qat.functional.kernels import run, wanted
+from lightning_qat.functional.points import GradientRule, Point, Rounding
 from lightning_qat.functional.scratch import Scratch
 
-_LARGE: Final = 1 << 20  # elements from which on the forward works in pieces on CPU, or by a compiled kernel
+_LARGE: Final = 1 << 20  # elements from which on a compiled kernel for the forward earns the time of its call
+_PIECE: Final = 1 << 18  # elements that either handles at a time on CPU: their temporaries stay in the cache
 _WORTHWHILE: Final = 1 << 16  # elements from which on a compiled kernel for backward earns the time of its call
-_CHUNK: Final = 1 << 18  # elements that backward handles at a time on CPU: its temporaries stay in the cache
-
-
-class Rounding(Protocol):
-    """What fake quantization needs to know of a grid: how to round, and where the level borders are."""
-
-    @property
-    def half_cell(self) -> float:
-        """Half the distance between neighboring levels, in units of the scale."""
-
-    @property
-    def offset(self) -> float:
-        """Shift of the levels against the integers, 0 or 0.5."""
-
-    def round_(self, u: Tensor) -> Tensor:
-        """Replace u by the nearest level of the unbounded grid."""
-
-    def border_distance(self, u: Tensor) -> Tensor:
-        """Return the signed distance to the border of the cell that u lies in."""
-
-
-class GradientRule(Protocol):
-    """How the gradient passes the rounding."""
-
-    @property
-    def needs_input(self) -> bool:
-        """Whether backward reads the input; if not, nothing is kept for it."""
-
-    @property
-    def only_clips(self) -> bool:
-        """Whether the gradient passes the inside of the clip range as it is."""
-
-    def input_gradient(self, grad: Tensor, point: "Point") -> Tensor:
-        """Return the gradient with respect to the latent value."""
-
-    def temperature_gradient(self, grad: Tensor, point: "Point") -> Tensor:
-        """Return the summands of the gradient with respect to the temperature."""
-
-
-class Point:
-    """What backward knows about the point it differentiates at (all tensors of the input's shape).
-
-    Args:
-        x: latent values.
-        u: :math:`x / s + z`, non-finite values replaced as in the forward.
-        q: level that u was mapped to.
-        step: the scale s.
-        lo: smallest level.
-        hi: largest level.
-        rounding: the grid.
-        temperature: learned temperature or None.
-    """
-
-    def __init__(
-        self, x: Tensor, u: Tensor, q: Tensor, step: Tensor, lo: Tensor, hi: Tensor, rounding: Rounding,
-        temperature: Tensor | None,
-    ) -> None:  # fmt: skip
-        self.x, self.u, self.q, self.step, self.lo, self.hi = x, u, q, step, lo, hi
-        self.rounding, self.temperature = rounding, temperature
-
-    def clip(self, values: Tensor, *, out: Tensor | None = None) -> Tensor:
-        """Return values where u lies within the clip range, else 0, without a mask where masks are slow."""
-        return within(values, self.u, self.lo, self.hi, out=out)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -144,7 +85,12 @@ def narrow(values: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if dtype == torch.float16:
         values = values.clamp(-65504.0, 65504.0)
-    return values.to(dtype)
+    return cast(values, dtype)
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return x in a dtype, without calling torch where it has it: after a large product each call is a cache miss."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,6 +105,8 @@ class Setting:
     rounding: Rounding
     rule: GradientRule
     learned: bool
+    no_nan: bool = False
+    """Whether x is known to hold no NaN, so that none is looked for."""
 
     @property
     def needs_input(self) -> bool:
@@ -176,20 +124,23 @@ class Setting:
 
     def levels(self, x: Tensor) -> Tensor:
         """Return :func:`quantize` of x."""
-        return quantize(x, self.scale, self.zero_point, lo=self.lo, hi=self.hi, rounding=self.rounding)
+        u = self._units(x, self.scale)
+        return _levels_(u, self.zero_point, lo=self.lo, hi=self.hi, rounding=self.rounding)
+
+    def _units(self, x: Tensor, scale: Tensor, *, out: Tensor | None = None) -> Tensor:
+        return torch.div(_wide(x), scale, out=out) if self.no_nan else _units(x, scale, out=out)
 
     def fake_quantized(self, x: Tensor) -> Tensor:
         """Return what the nearest levels of x stand for, in the dtype of x."""
         if wanted(x, _LARGE):
             return run(_values, self._key(x), x, *self._fields)
-        small = x.numel() <= _LARGE or x.device.type != "cpu" or torch.compiler.is_compiling()
-        if small or x.dtype != self.scale.dtype:
+        whole = x.numel() <= _PIECE or x.device.type != "cpu" or torch.compiler.is_compiling()
+        if whole or x.dtype != self.scale.dtype:
             return self.values(self.levels(x), x.dtype)
-        out = torch.empty_like(x)
-        for part, rows in self.parts(x, _LARGE):
-            u = _units(x[rows], part.scale, out=out[rows])
-            levels = _levels_(u, part.zero_point, lo=self.lo, hi=self.hi, rounding=self.rounding)
-            dequantize_(levels, part.scale, part.zero_point)
+        out, lo, hi = torch.empty_like(x), number(self.lo), number(self.hi)
+        for rows, scale, zero_point in self._pieces(x):
+            u = self._units(x[rows], scale, out=out[rows])
+            dequantize_(_levels_(u, zero_point, lo=lo, hi=hi, rounding=self.rounding), scale, zero_point)
         return out
 
     def values(self, levels: Tensor, dtype: torch.dtype) -> Tensor:
@@ -207,7 +158,19 @@ class Setting:
             return self
         bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[grad.element_size()]
         zero = (grad.reshape(-1)[:1].view(bits) & 0).sum()
-        return replace(self, scale=self.scale + zero)
+        return replace(self, scale=self.scale + zero).hoisted()
+
+    def hoisted(self) -> "Setting":
+        """Return the same, with a scale that compiled code computes once, where all elements that share it need it.
+
+        Compiled for CPUs, what precedes a scale would be computed anew for every few values: the result might overlap
+        its inputs, for all the compiler of C++ knows. A view with strides makes torch.compile write the scale out.
+        """
+        if not torch.compiler.is_compiling() or torch.compiler.is_exporting() or self.scale.device.type != "cpu":
+            return self
+        shape = self.scale.shape
+        strides = [math.prod(shape[d + 1 :]) for d in range(len(shape))]  # stride() is unknown in a traced backward
+        return replace(self, scale=self.scale.contiguous().as_strided(shape, strides))
 
     def gradients(self, grad: Tensor, x: Tensor, needs: tuple[bool, bool, bool]) -> tuple[Tensor | None, ...]:
         """Return the gradients with respect to x, scale and temperature, each or None where it is not needed.
@@ -257,17 +220,21 @@ class Setting:
         u = u if self.zero_point is None else u.add_(self.zero_point)
         return Point(wide, u, q, self.scale, self.lo, self.hi, self.rounding, self.temperature)
 
-    def parts(self, x: Tensor, size: int = _CHUNK) -> Iterator[tuple["Setting", Any]]:
+    def parts(self, x: Tensor) -> Iterator[tuple["Setting", Any]]:
         """Split along the first dimension where temporaries of the whole size would be slow: on CPU, in eager mode."""
-        num_rows = max(1, size * x.shape[0] // max(1, x.numel())) if x.dim() else 1
+        for rows, scale, zero_point in self._pieces(x):
+            yield (self if scale is self.scale else replace(self, scale=scale, zero_point=zero_point)), rows
+
+    def _pieces(self, x: Tensor) -> Iterator[tuple[Any, Tensor, Tensor | None]]:
+        num_rows = max(1, _PIECE * x.shape[0] // max(1, x.numel())) if x.dim() else 1
         if x.device.type != "cpu" or torch.compiler.is_compiling() or x.dim() == 0 or num_rows >= x.shape[0]:
-            yield self, ...
+            yield ..., self.scale, self.zero_point
             return
         split = self.scale.dim() == x.dim() and self.scale.shape[0] == x.shape[0]
         for start in range(0, x.shape[0], num_rows):
             rows = slice(start, start + num_rows)
             zero_point = self.zero_point[rows] if split and self.zero_point is not None else self.zero_point
-            yield (replace(self, scale=self.scale[rows], zero_point=zero_point) if split else self), rows
+            yield rows, (self.scale[rows] if split else self.scale), zero_point
 
 
 def _values(x: Tensor, *fields: Any) -> Tensor:
@@ -284,13 +251,14 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(
         x: Tensor, scale: Tensor, zero_point: Tensor | None, temperature: Tensor | None, lo: Tensor, hi: Tensor,
-        rounding: Rounding, rule: GradientRule, learned: bool,
+        rounding: Rounding, rule: GradientRule, learned: bool, no_nan: bool,
     ) -> Tensor:  # fmt: skip
-        return _values(x, scale, zero_point, temperature, lo, hi, rounding, rule, learned)
+        setting = Setting(scale, zero_point, temperature, lo, hi, rounding, rule, learned, no_nan)
+        return setting.hoisted().fake_quantized(x)
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, scale, zero_point, temperature, lo, hi, rounding, rule, learned = inputs
+        x, scale, zero_point, temperature, lo, hi, rounding, rule, learned, _ = inputs
         ctx.rounding, ctx.rule, ctx.learned = rounding, rule, learned  # type: ignore[attr-defined]
         if learned or rule.needs_input:
             ctx.save_for_backward(x, scale, zero_point, temperature, lo, hi)
@@ -301,12 +269,12 @@ class _FakeQuantize(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if not ctx.saved_tensors:
-            return (grad, *(None,) * 8)
+            return (grad, *(None,) * 9)
         x, scale, zero_point, temperature, lo, hi = ctx.saved_tensors
         needs = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]
         setting = Setting(scale, zero_point, temperature, lo, hi, ctx.rounding, ctx.rule, ctx.learned)
         grad_x, grad_scale, grad_temperature = setting.not_before(grad).gradients(grad, x, needs)
-        return (grad_x, grad_scale, None, grad_temperature, *(None,) * 5)
+        return (grad_x, grad_scale, None, grad_temperature, *(None,) * 6)
 
 
 def lsq_summands(
@@ -332,7 +300,7 @@ def lsq_scale_gradient(grad: Tensor, point: Point, zero_point: Tensor | None) ->
 
 def fake_quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor | None = None, *, lo: Tensor, hi: Tensor, rounding: Rounding,
-    rule: GradientRule, learned: bool = False, temperature: Tensor | None = None,
+    rule: GradientRule, learned: bool = False, temperature: Tensor | None = None, no_nan: bool = False,
 ) -> Tensor:  # fmt: skip
     r"""Fake-quantize: :math:`\hat x = (q - z) s` with q as in :func:`quantize`, in the dtype of x.
 
@@ -346,5 +314,7 @@ def fake_quantize(
         rule: how the gradient passes the rounding.
         learned: whether scale takes the LSQ gradient; the clip mask then applies to the gradient of x, too.
         temperature: parameter of a rule that learns one, shape [1].
+        no_nan: whether x is known to hold no NaN, so that none is looked for.
     """
-    return _FakeQuantize.apply(x, scale, zero_point, temperature, lo, hi, rounding, rule, learned)  # type: ignore[no-any-return, no-untyped-call]
+    y: Tensor = applied(_FakeQuantize, x, scale, zero_point, temperature, lo, hi, rounding, rule, learned, no_nan)
+    return y

@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_qat.functional.fake_quantize import GradientRule, Rounding, Setting
+from lightning_qat.functional.application import applied
+from lightning_qat.functional.fake_quantize import Setting, cast
 from lightning_qat.functional.integer import scaled_product
+from lightning_qat.functional.points import GradientRule, Rounding
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,12 @@ class Pieces:
     rounding: Rounding
     rule: GradientRule
     learned: bool
+    no_nan: bool
+
+    @classmethod
+    def of(cls, setting: Setting) -> "Pieces":
+        """Take them from a setting."""
+        return cls(setting.rounding, setting.rule, setting.learned, setting.no_nan)
 
     @property
     def needs_input(self) -> bool:
@@ -56,7 +64,7 @@ _Tensors = tuple[Tensor | None, ...]  # scale, zero point, temperature, lo, hi
 def _setting(tensors: _Tensors, pieces: Pieces) -> Setting:
     scale, zero_point, temperature, lo, hi = tensors
     assert scale is not None and lo is not None and hi is not None  # noqa: S101, PT018 - fused_linear() passes them
-    return Setting(scale, zero_point, temperature, lo, hi, pieces.rounding, pieces.rule, pieces.learned)
+    return Setting(scale, zero_point, temperature, lo, hi, pieces.rounding, pieces.rule, pieces.learned, pieces.no_nan)
 
 
 def _tokens(x: Tensor, plan: Plan) -> Tensor:
@@ -70,10 +78,10 @@ class _FusedLinear(torch.autograd.Function):
     def forward(
         x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        of_weight, known = _setting(tensors[:5], plan.weight), _known(tensors, plan)
+        of_weight, known = _setting(tensors[:5], plan.weight).hoisted(), _known(tensors, plan)
         if plan.input is None:
             return F.linear(x, _weight(of_weight, weight, plan, known), _cast(bias, plan)), None
-        of_input = _setting(tensors[5:10], plan.input)
+        of_input = _setting(tensors[5:10], plan.input).hoisted()
         levels = of_input.levels(x)
         codes = _codes(levels, of_input) if plan.integer or plan.keeps_codes else None
         if plan.integer:
@@ -102,14 +110,14 @@ class _FusedLinear(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         kept, weight, *tensors = ctx.saved_tensors
         plan: Plan = ctx.plan
-        grad = grad.to(plan.dtype)
+        grad = cast(grad, plan.dtype)
         of_weight = _setting(tuple(tensors[:5]), plan.weight).not_before(grad)
         of_input = None if plan.input is None else _setting(tuple(tensors[5:10]), plan.input).not_before(grad)
         known = _known(tuple(tensors), plan)
         grad_x, *from_input = _input_gradients(ctx, grad, kept, weight, of_weight, of_input, known)
-        grad_weight, *from_weight = _weight_gradients(ctx, grad, kept, weight, of_weight, of_input)
-        wants_bias = ctx.needs_input_grad[2]
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.dtypes[1]) if wants_bias else None
+        rows = grad if grad.dim() == 2 else grad.reshape(-1, grad.shape[-1])
+        grad_weight, *from_weight = _weight_gradients(ctx, rows, kept, weight, of_weight, of_input)
+        grad_bias = cast(rows.sum(0), ctx.dtypes[1]) if ctx.needs_input_grad[2] else None
         last = () if known is None else (None,)
         return grad_x, grad_weight, grad_bias, None, *from_weight, *from_input, *last
 
@@ -136,13 +144,12 @@ def fused_linear(
         known: what :func:`quantized_weight` returns for the same arguments, computed before; it is kept for backward.
     """
     plan = Plan(
-        Pieces(of_weight.rounding, of_weight.rule, of_weight.learned),
-        None if of_input is None else Pieces(of_input.rounding, of_input.rule, of_input.learned),
+        Pieces.of(of_weight), None if of_input is None else Pieces.of(of_input),
         grouped_input, integer, dtype or x.dtype,
     )  # fmt: skip
     tensors = [(s.scale, s.zero_point, s.temperature, s.lo, s.hi) for s in (of_weight, of_input) if s is not None]
     last = () if known is None else (known,)
-    y: Tensor = _FusedLinear.apply(x, weight, bias, plan, *(t for five in tensors for t in five), *last)[0]  # type: ignore[no-untyped-call]
+    y: Tensor = applied(_FusedLinear, x, weight, bias, plan, *(t for five in tensors for t in five), *last)[0]
     return y
 
 
@@ -156,7 +163,8 @@ def quantized_weight(weight: Tensor, of_weight: Setting, *, integer: bool, dtype
         dtype: of the values.
     """
     if not integer:
-        return of_weight.fake_quantized(weight).flatten(1).to(dtype)
+        values = of_weight.fake_quantized(weight)
+        return cast(values if values.dim() == 2 else values.flatten(1), dtype)
     levels = of_weight.levels(weight)
     return (levels.mul_(2.0) if of_weight.rounding.offset else levels).to(torch.int8)
 
@@ -168,7 +176,7 @@ def _known(tensors: _Tensors, plan: Plan) -> Tensor | None:
 
 
 def _cast(bias: Tensor | None, plan: Plan) -> Tensor | None:
-    return None if bias is None else bias.to(plan.dtype)
+    return None if bias is None else cast(bias, plan.dtype)
 
 
 def _weight(setting: Setting, weight: Tensor, plan: Plan, known: Tensor | None) -> Tensor:
@@ -216,11 +224,12 @@ def _input_gradients(
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Return the gradients of the input and of the five tensors of its quantization."""
     needs = ctx.needs_input_grad
+    if not (needs[0] or (of_input is not None and (needs[9] or needs[11]))):
+        return (None,) * (1 if of_input is None else 6)
+    inner = cast(grad @ _weight(of_weight, weight, ctx.plan, known), ctx.dtypes[0])
     if of_input is None:
-        return ((grad @ _weight(of_weight, weight, ctx.plan, known)).to(ctx.dtypes[0]) if needs[0] else None,)
-    if not (needs[0] or needs[9] or needs[11]):
-        return (None,) * 6
-    inner = (grad @ _weight(of_weight, weight, ctx.plan, known)).to(ctx.dtypes[0]).reshape(kept.shape)
+        return (inner,)
+    inner = inner.reshape(kept.shape)
     if ctx.plan.keeps_codes:
         return inner, *(None,) * 5
     grad_x, scale, temperature = of_input.gradients(inner, kept, (needs[0], needs[9], needs[11]))
@@ -235,8 +244,8 @@ def _weight_gradients(
     if not (needs[1] or needs[4] or needs[6]):
         return (None,) * 6
     x = _values(kept, of_input, ctx.plan, ctx.dtypes[0])
-    inner = grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
-    inner = inner.to(weight.dtype).reshape(weight.shape)
+    inner = cast(grad.t() @ (x if x.dim() == 2 else x.reshape(-1, x.shape[-1])), weight.dtype)
+    inner = inner if weight.dim() == 2 else inner.reshape(weight.shape)
     if not of_weight.needs_input:
         return inner if needs[1] else None, *(None,) * 5
     grad_weight, scale, temperature = of_weight.gradients(inner, weight, (needs[1], needs[4], needs[6]))

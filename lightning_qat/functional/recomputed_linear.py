@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lightning_qat.functional.application import applied
 from lightning_qat.functional.fake_quantize import Setting
 from lightning_qat.functional.fused_linear import Pieces, Plan, _FusedLinear
 
@@ -93,15 +94,13 @@ def recomputed_linear(
         dtype: dtype of the products and of the result; None takes that of x.
     """
     plan = Plan(
-        Pieces(of_weight.rounding, of_weight.rule, of_weight.learned),
-        None if of_input is None else Pieces(of_input.rounding, of_input.rule, of_input.learned),
+        Pieces.of(of_weight), None if of_input is None else Pieces.of(of_input),
         grouped_input, integer, dtype or x.dtype,
     )  # fmt: skip
     tensors: list[Tensor | None] = []
     for setting in (of_weight, of_input):
         if setting is not None:
             tensors += [setting.scale, setting.zero_point, setting.temperature, setting.lo, setting.hi]
-    y: Tensor = _RecomputedLinear.apply(  # type: ignore[no-untyped-call]
-        x, weight, bias, plan, origin.compute, len(tensors), *tensors, *origin.sources
-    )[0]
+    given = x, weight, bias, plan, origin.compute, len(tensors), *tensors, *origin.sources
+    y: Tensor = applied(_RecomputedLinear, *given)[0]
     return y

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from lightning_qat.functional.bounded import finish_scale
-from lightning_qat.functional.fake_quantize import Rounding, dequantize, quantize
+from lightning_qat.functional.fake_quantize import dequantize, quantize
+from lightning_qat.functional.gradients import number
+from lightning_qat.functional.points import Rounding
 
 _CHUNK = 1 << 18  # elements searched at a time by each thread: the temporaries then stay in the cache
 _ACCELERATOR_CHUNK = 1 << 26
@@ -96,7 +98,7 @@ def range_to_scale(
         hi: its largest level.
         dtype: storage dtype of the scale.
     """
-    largest = torch.finfo(minimum.dtype).max / 256
+    largest, lo, hi = torch.finfo(minimum.dtype).max / 256, number(lo), number(hi)
     if grid.symmetric:
         amax = torch.maximum(-minimum, maximum)
         return finish_scale(grid.absmax_scale(amax, lo, hi), dtype, largest=largest), None

@@ -7,13 +7,13 @@ from typing import ClassVar, Final, final
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_qat.functional.fake_quantize import Point
 from lightning_qat.functional.gradients import (
     elementwise_scaling,
     staircase_slope,
     staircase_temperature_slope,
     within,
 )
+from lightning_qat.functional.points import Point
 from lightning_qat.quantization._checks import check_number, check_positive
 
 TEMPERATURE_RANGE: Final = (0.03, 1000.0)

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Self, final
+from typing import Any, Final, Self, final
 
 import torch
 from torch import Tensor, nn
 
-from lightning_qat.functional.bounded import bounded_temperature, finish_scale, positive_scale
+from lightning_qat.functional.bounded import bounded_temperature, finish_scale, positive_scale, scale_floor
 from lightning_qat.functional.fake_quantize import Setting, fake_quantize, quantize
 from lightning_qat.functional.scaling import Sample
 from lightning_qat.functional.softening import soft_values
@@ -19,6 +19,8 @@ from lightning_qat.quantization.scale import Bounds, Learned, MovingAverage
 from lightning_qat.quantization.spec import QuantizerSpec
 from lightning_qat.quantization.tensor import QuantizedTensor
 from lightning_qat.quantization.window import Window
+
+_LARGE: Final = 1 << 14  # elements from which on a look at all scales is cheaper than one at all values
 
 
 def _without_bits(grid: Grid) -> tuple[float, float]:
@@ -147,7 +149,7 @@ class FakeQuantizer(nn.Module):
         grouped, setting = self.setting(x)
         out = fake_quantize(
             grouped, setting.scale, setting.zero_point, lo=setting.lo, hi=setting.hi, rounding=setting.rounding,
-            rule=setting.rule, learned=setting.learned, temperature=setting.temperature,
+            rule=setting.rule, learned=setting.learned, temperature=setting.temperature, no_nan=setting.no_nan,
         )  # fmt: skip
         if self.softened:
             out = out + (self._softened(grouped, setting) - out).detach()
@@ -173,8 +175,20 @@ class FakeQuantizer(nn.Module):
         step, zero_point = self.step_and_zero_point(sample) if known is None or self.stored else known
         temperature = None if self.temperature is None else bounded_temperature(self.temperature, *TEMPERATURE_RANGE)
         return grouped, Setting(
-            step, zero_point, temperature, self.lo, self.hi, self.family, self.spec.gradient, self.learned
-        )
+            step, zero_point, temperature, self.lo, self.hi, self.family, self.spec.gradient, self.learned,
+            self._finds_no_nan(x, step),
+        )  # fmt: skip
+
+    def _finds_no_nan(self, x: Tensor, step: Tensor) -> bool:
+        """Whether the step, found from all of these very values, tells that none is NaN: it is the floor where one is.
+
+        Only where reading a number is possible, and cheaper than the pass over x that it saves.
+        """
+        if self.stored or x.device.type != "cpu" or x.numel() < _LARGE or type(step) is not Tensor:
+            return False
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return False
+        return float(step.amin()) > 2 * self.family.step_factor * scale_floor(self.spec.torch_scale_dtype)
 
     def _connected(self, x: Tensor) -> Tensor:
         """Keep parameters in the graph while disabled: DDP waits for the gradient of every parameter."""

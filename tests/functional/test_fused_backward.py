@@ -37,7 +37,7 @@ def lsq_reference(x: Tensor, scale: Tensor, grad: Tensor, lo: float, hi: float) 
 @pytest.mark.parametrize("shape", [(1, 7), (13, 21), (0, 4)])
 @pytest.mark.parametrize("chunk", [1, 50, 1 << 17])
 def test_learned_scale_gradient_in_pieces(shape: tuple[int, int], chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(implementation, "_CHUNK", chunk)
+    monkeypatch.setattr(implementation, "_PIECE", chunk)
     x, grad = torch.randn(shape, requires_grad=True), torch.randn(shape)
     quantizer = FakeQuantizer(QuantizerSpec(Int(3), PerChannel(), Learned(init=AbsMax())), shape)
     quantizer.find_scale(x)
@@ -60,7 +60,7 @@ def test_forward_in_pieces(
     x = torch.randn(8, 10).to(dtype).t()  # not contiguous
     x[3, 5], x[4, 1] = torch.nan, torch.inf
     whole = quantizer(x)
-    monkeypatch.setattr(implementation, "_LARGE", 17)
+    monkeypatch.setattr(implementation, "_PIECE", 17)
     assert torch.equal(quantizer(x), whole)
 
 
@@ -74,7 +74,7 @@ def test_pieces_add_up(
     x, grad = torch.randn(10, 8, requires_grad=True), torch.randn(10, 8)
     found = []
     for chunk in (17, 1 << 17):
-        monkeypatch.setattr(implementation, "_CHUNK", chunk)
+        monkeypatch.setattr(implementation, "_PIECE", chunk)
         quantizer = FakeQuantizer(spec, (10, 8))
         x.grad = None
         quantizer.find_scale(0.6 * x)

@@ -3,14 +3,29 @@
 The backend splits the step as the default one does, but runs the parts without a C++ compiler.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 
-from lightning_qat import AbsMax, Int, LayerSpec, PerChannel, QuantizerSpec, Recipe, Rule, StraightThrough, prepare
+from lightning_qat import (
+    AbsMax,
+    FakeQuantizer,
+    Int,
+    LayerSpec,
+    Learned,
+    PerChannel,
+    QuantizerSpec,
+    Recipe,
+    Rule,
+    StraightThrough,
+    prepare,
+)
 from lightning_qat import recipes as named
+from lightning_qat.quantization.granularity import Layout
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile does
 DYNAMIC = Recipe((Rule("*", LayerSpec(QuantizerSpec(Int(4), PerChannel(), AbsMax(), StraightThrough()))),))
@@ -74,3 +89,25 @@ def test_no_tokens() -> None:
     torch.compile(model, fullgraph=True, backend="aot_eager_decomp_partition")(x).sum().backward()
     assert x.grad is not None
     assert not any(parameter.grad.any() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("channel_axis", [0, 1])
+@pytest.mark.parametrize("scale", [AbsMax(), Learned(init=AbsMax())], ids=repr)
+def test_scales_that_are_written_out_are_the_same(scale: AbsMax | Learned, channel_axis: int) -> None:
+    x = torch.randn(6, 8, requires_grad=True)
+    layout = Layout(channel_axis=channel_axis)
+    quantizer = FakeQuantizer(QuantizerSpec(Int(3), PerChannel(), scale), (6, 8), layout)
+    quantizer.find_scale(x.detach())
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, example: list[Tensor]) -> Callable[..., object]:
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)  # type: ignore[no-any-return]
+
+    compiled = torch.compile(quantizer, fullgraph=True, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))
+    wanted = [x, *quantizer.parameters()]
+    found = torch.autograd.grad(compiled(x).square().sum(), wanted)
+    expected = torch.autograd.grad(quantizer(x).square().sum(), wanted)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=0)
+    assert "as_strided" in graphs[0].code

@@ -1,0 +1,31 @@
+"""Calling functions of autograd without what ``Function.apply`` spends on looking at signatures."""
+
+import functools
+from typing import Any
+
+import torch
+from torch.autograd import Function
+
+
+@functools.cache
+def _in_one(function: type[Function]) -> type[Function]:
+    """Return the same function with a forward that takes the context."""
+
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        output = function.forward(*arguments)
+        function.setup_context(ctx, arguments, output)
+        return output
+
+    namespace = {"forward": staticmethod(forward), "setup_context": staticmethod(Function.setup_context)}
+    return type(function.__name__, (function,), {"__module__": function.__module__, **namespace})
+
+
+def applied(function: type[Function], *arguments: Any) -> Any:
+    """Return ``function.apply(*arguments)`` of a function that has ``setup_context``, all arguments given.
+
+    ``apply`` binds the arguments to the signature of such a forward anew in each call, which takes longer than all else
+    that a small layer does in Python. Where transforms of ``torch.func`` or a compiler need that form, they get it.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*arguments)
+    return _in_one(function).apply(*arguments)
