@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
@@ -102,10 +103,14 @@ def setting_in_window(
     if not isinstance(latent, nn.Parameter) or torch._C._are_functorch_transforms_active():
         return *quantizer.setting(value), None  # weight_norm and pruning: computed anew in each forward
     found = window.get(quantizer, latent, (integer, dtype))
-    weight, setting = quantizer.setting(value, None if found is None else (found.scale, found.zero_point))
+    if found is not None and not quantizer.has_parameters:
+        return quantizer.grouped(value), found.setting, found.values
+    known = None if found is None else (found.setting.scale, found.setting.zero_point)
+    weight, setting = quantizer.setting(value, known)
     if found is None:
         with torch.no_grad():
             values = quantized_weight(weight, setting, integer=integer, dtype=dtype)
-        found = Quantized(latent, (integer, dtype), setting.scale.detach(), setting.zero_point, values)
+        kept = replace(setting, scale=setting.scale.detach(), temperature=None)
+        found = Quantized(latent, (integer, dtype), kept, values)
         window.keep(quantizer, found)
     return weight, setting, found.values

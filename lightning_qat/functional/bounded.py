@@ -1,6 +1,6 @@
 """Scales and temperatures within their bounds, with gradients that live on outside."""
 
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -8,6 +8,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from lightning_qat.functional.application import applied
 
+_LARGE: Final = 1 << 14  # elements from which on a look at all steps is cheaper than one at all values
 SCALE_FLOOR = 2.0**-100
 """Smallest scale ever used in float32; far below any useful value, far above the subnormals."""
 
@@ -49,6 +50,23 @@ def finish_scale(scale: Tensor, dtype: torch.dtype = torch.float32, *, largest: 
     floor = scale_floor(dtype)
     scale = torch.nan_to_num(scale, nan=floor).clamp_(floor, min(largest, torch.finfo(dtype).max))
     return scale if dtype in (torch.float32, torch.float64) else scale.to(dtype).float()
+
+
+def tells_no_nan(step: Tensor, x: Tensor, floor: float) -> bool:
+    """Whether a step, found from all of these very values, tells that none is NaN: it is the floor where one is.
+
+    Only where reading a number is possible, and cheaper than the pass over x that it saves.
+
+    Args:
+        step: between levels.
+        x: the values.
+        floor: the smallest step.
+    """
+    if x.device.type != "cpu" or x.numel() < _LARGE or type(step) is not Tensor:
+        return False
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return float(step.amin()) > 2 * floor
 
 
 def positive_scale(scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

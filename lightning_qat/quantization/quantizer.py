@@ -2,12 +2,18 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Final, Self, final
+from typing import Any, Self, final
 
 import torch
 from torch import Tensor, nn
 
-from lightning_qat.functional.bounded import bounded_temperature, finish_scale, positive_scale, scale_floor
+from lightning_qat.functional.bounded import (
+    bounded_temperature,
+    finish_scale,
+    positive_scale,
+    scale_floor,
+    tells_no_nan,
+)
 from lightning_qat.functional.fake_quantize import Setting, fake_quantize, quantize
 from lightning_qat.functional.scaling import Sample
 from lightning_qat.functional.softening import soft_values
@@ -19,8 +25,6 @@ from lightning_qat.quantization.scale import Bounds, Learned, MovingAverage
 from lightning_qat.quantization.spec import QuantizerSpec
 from lightning_qat.quantization.tensor import QuantizedTensor
 from lightning_qat.quantization.window import Window
-
-_LARGE: Final = 1 << 14  # elements from which on a look at all scales is cheaper than one at all values
 
 
 def _without_bits(grid: Grid) -> tuple[float, float]:
@@ -108,6 +112,11 @@ class FakeQuantizer(nn.Module):
         return self.spec.scale.learned
 
     @property
+    def has_parameters(self) -> bool:
+        """Whether the scale or the temperature is one."""
+        return self.learned or self.temperature is not None
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether a stored scale was not found yet."""
         return self.stored and (self.stale or not self.calibrated)
@@ -120,8 +129,12 @@ class FakeQuantizer(nn.Module):
     def _bounds(self) -> Bounds:
         return Bounds(self.family, self.lo, self.hi, self.spec.torch_scale_dtype)
 
+    def grouped(self, x: Tensor) -> Tensor:
+        """Return x so shaped that scales broadcast to it."""
+        return self.spec.granularity.group(x, self.layout)
+
     def _sample(self, x: Tensor) -> tuple[Tensor, Sample]:
-        grouped = self.spec.granularity.group(x, self.layout)
+        grouped = self.grouped(x)
         return grouped, Sample(grouped.detach(), self.spec.granularity.dims(grouped.dim(), self.layout))
 
     def step_and_zero_point(self, sample: Sample) -> tuple[Tensor, Tensor | None]:
@@ -176,19 +189,8 @@ class FakeQuantizer(nn.Module):
         temperature = None if self.temperature is None else bounded_temperature(self.temperature, *TEMPERATURE_RANGE)
         return grouped, Setting(
             step, zero_point, temperature, self.lo, self.hi, self.family, self.spec.gradient, self.learned,
-            self._finds_no_nan(x, step),
+            not self.stored and tells_no_nan(step, x, self.family.step_factor * scale_floor(self._scale_dtype)),
         )  # fmt: skip
-
-    def _finds_no_nan(self, x: Tensor, step: Tensor) -> bool:
-        """Whether the step, found from all of these very values, tells that none is NaN: it is the floor where one is.
-
-        Only where reading a number is possible, and cheaper than the pass over x that it saves.
-        """
-        if self.stored or x.device.type != "cpu" or x.numel() < _LARGE or type(step) is not Tensor:
-            return False
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-            return False
-        return float(step.amin()) > 2 * self.family.step_factor * scale_floor(self.spec.torch_scale_dtype)
 
     def _connected(self, x: Tensor) -> Tensor:
         """Keep parameters in the graph while disabled: DDP waits for the gradient of every parameter."""

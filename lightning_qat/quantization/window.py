@@ -5,6 +5,8 @@ from typing import Any, Final, final
 
 from torch import Tensor
 
+from lightning_qat.functional.fake_quantize import Setting
+
 
 @final
 @dataclass(frozen=True, eq=False)
@@ -14,15 +16,13 @@ class Quantized:
     Args:
         latent: the parameter.
         kind: what else the values depend on, such as their dtype.
-        scale: the step between levels.
-        zero_point: or None.
+        setting: how it was quantized, out of any graph.
         values: codes or values, as the product takes them.
     """
 
     latent: Tensor
     kind: tuple[Any, ...]
-    scale: Tensor
-    zero_point: Tensor | None
+    setting: Setting
     values: Tensor
 
 
