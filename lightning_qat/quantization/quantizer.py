@@ -79,8 +79,7 @@ class FakeQuantizer(nn.Module):
         # While training: 1 leaves values within the grid's range as they are, towards 0 they become its levels.
         self.softness: Tensor | None = None
         self.window: Window | None = None
-        problem = spec.granularity.problem(shape, self.layout)
-        if problem:
+        if problem := spec.granularity.problem(shape, self.layout):
             raise ValueError(f'{name}: {problem}, or exclude the layer with Rule("{self.owner or "*"}", None)')
         self.calibrated = False
         self.stale = self.stored and not self.layout.is_input  # the scale must be found anew before the next use
@@ -187,10 +186,9 @@ class FakeQuantizer(nn.Module):
         grouped, sample = self._sample(x)
         step, zero_point = self.step_and_zero_point(sample) if known is None or self.stored else known
         temperature = None if self.temperature is None else bounded_temperature(self.temperature, *TEMPERATURE_RANGE)
-        return grouped, Setting(
-            step, zero_point, temperature, self.lo, self.hi, self.family, self.spec.gradient, self.learned,
-            not self.stored and tells_no_nan(step, x, self.family.step_factor * scale_floor(self._scale_dtype)),
-        )  # fmt: skip
+        floor, tensors = self.family.step_factor * scale_floor(self._scale_dtype), (step, zero_point, temperature)
+        pieces = self.family, self.spec.gradient, self.learned, not self.stored and tells_no_nan(step, x, floor)
+        return grouped, Setting(*tensors, self.lo, self.hi, *pieces)
 
     def _connected(self, x: Tensor) -> Tensor:
         """Keep parameters in the graph while disabled: DDP waits for the gradient of every parameter."""
@@ -240,8 +238,8 @@ class FakeQuantizer(nn.Module):
 
     def _finite(self, x: Tensor) -> Sample:
         grouped, sample = self._sample(x.detach())
-        wide = grouped if grouped.dtype == torch.float64 else grouped.float()
-        return Sample(torch.nan_to_num(wide, nan=0.0, posinf=0.0, neginf=0.0), sample.dims)
+        wide = torch.nan_to_num(grouped if grouped.dtype == torch.float64 else grouped.float(), posinf=0.0, neginf=0.0)
+        return Sample(wide, sample.dims)
 
     def _store(self, scale: Tensor, zero_point: Tensor | None) -> None:
         self.drop()
