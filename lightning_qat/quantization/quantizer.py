@@ -186,9 +186,9 @@ class FakeQuantizer(nn.Module):
         grouped, sample = self._sample(x)
         step, zero_point = self.step_and_zero_point(sample) if known is None or self.stored else known
         temperature = None if self.temperature is None else bounded_temperature(self.temperature, *TEMPERATURE_RANGE)
-        floor, tensors = self.family.step_factor * scale_floor(self._scale_dtype), (step, zero_point, temperature)
-        pieces = self.family, self.spec.gradient, self.learned, not self.stored and tells_no_nan(step, x, floor)
-        return grouped, Setting(*tensors, self.lo, self.hi, *pieces)
+        no_nan = not self.stored and tells_no_nan(step, x, self.family.step_factor * scale_floor(self._scale_dtype))
+        tensors = step, zero_point, temperature, self.lo, self.hi
+        return grouped, Setting(*tensors, self.family, self.spec.gradient, self.learned, no_nan)
 
     def _connected(self, x: Tensor) -> Tensor:
         """Keep parameters in the graph while disabled: DDP waits for the gradient of every parameter."""
