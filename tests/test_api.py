@@ -3,16 +3,16 @@
 import lightning_qat
 
 EXPECTED = {
-    "AbsMax", "AbsMean", "ActivationCheckpointing", "Binary", "BitAllocation", "Calibration", "Center", "Clipped",
-    "ConversionReport", "Distillation", "ElementwiseScaling", "Entropy", "ExportCallback", "FakeQuantizer",
-    "FeatureMatch", "FisherError", "GPTQ", "GradualQuantization", "Hadamard", "HalfInt", "Int", "LayerSpec",
-    "Learned", "LearnedSoft", "LoRA", "LossChange", "MinimumError", "MovingAverage", "Normalize",
-    "OscillationFreezing", "OutputDivergence", "OutputError", "ParameterGroup", "Penalty", "PerChannel", "PerGroup",
-    "PerTensor", "PerToken", "Percentile", "Pi", "PlateauBitWidth", "ProgressiveBitWidth", "QATCallback",
-    "QuantizationStatistics", "QuantizedTensor", "QuantizerSpec", "ReasoningMatch", "Recipe", "Regularization",
-    "Rule", "Soft", "StraightThrough", "Ternary", "TwoStageSchedule", "accumulation_window", "add_lora",
-    "adopt_peft", "allocate_bits", "bake", "calibrate", "codes", "float_weights", "gptq", "load_checkpoint",
-    "merge_lora", "prepare", "recipes", "unprepare",
+    "AbsMax", "AbsMean", "ActivationCheckpointing", "Binary", "BitAllocation", "Calibration", "Center",
+    "Clipped", "ConversionReport", "Distillation", "ElementwiseScaling", "Entropy", "ExportCallback",
+    "FakeQuantizer", "FeatureMatch", "FisherError", "GPTQ", "GradualQuantization", "Hadamard", "HalfInt", "Int",
+    "LayerSpec", "Learned", "LearnedSoft", "LoRA", "LossChange", "MinimumError", "MovingAverage", "Normalize",
+    "OrthogonalUpdates", "OscillationFreezing", "OutputDivergence", "OutputError", "ParameterGroup", "Penalty",
+    "PerChannel", "PerGroup", "PerTensor", "PerToken", "Percentile", "Pi", "PlateauBitWidth",
+    "ProgressiveBitWidth", "QATCallback", "QuantizationStatistics", "QuantizedTensor", "QuantizerSpec",
+    "ReasoningMatch", "Recipe", "Regularization", "Rule", "Soft", "StraightThrough", "Ternary",
+    "TwoStageSchedule", "accumulation_window", "add_lora", "adopt_peft", "allocate_bits", "bake", "calibrate",
+    "codes", "float_weights", "gptq", "load_checkpoint", "merge_lora", "prepare", "recipes", "unprepare",
 }  # fmt: skip
 
 

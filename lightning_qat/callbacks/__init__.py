@@ -12,6 +12,7 @@ from lightning_qat.callbacks.gptq import GPTQ
 from lightning_qat.callbacks.gradual import GradualQuantization
 from lightning_qat.callbacks.lora import LoRA
 from lightning_qat.callbacks.masks import BatchMask, DelimiterMask, KindWeights, TargetMask
+from lightning_qat.callbacks.orthogonal import OrthogonalUpdates
 from lightning_qat.callbacks.parameter_group import ParameterGroup
 from lightning_qat.callbacks.penalty import Penalty
 from lightning_qat.callbacks.plateau import PlateauBitWidth
@@ -36,6 +37,7 @@ __all__ = [
     "GradualQuantization",
     "KindWeights",
     "LoRA",
+    "OrthogonalUpdates",
     "OscillationFreezing",
     "ParameterGroup",
     "Penalty",

@@ -6,11 +6,13 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Hook = Callable[[Optimizer, tuple[Any, ...], dict[str, Any]], None]
+BeforeHook = Callable[[Optimizer, tuple[Any, ...], dict[str, Any]], Arguments | None]
 
 
 def hook_steps(
-    optimizers: Iterable[Any], who: str, *, before: Hook | None = None, after: Hook | None = None
+    optimizers: Iterable[Any], who: str, *, before: BeforeHook | None = None, after: Hook | None = None
 ) -> list[RemovableHandle]:
     """Call functions around every step of the optimizers, until the handles are removed.
 
@@ -19,7 +21,8 @@ def hook_steps(
     Args:
         optimizers: of the trainer.
         who: name of the callback, for messages.
-        before: called before the step, and before the closure that Lightning hands it runs the training step.
+        before: called before the step, and before the closure that Lightning hands it runs the training step. What it
+            returns, if anything, takes the place of the arguments of the step.
         after: called after the step; not where a gradient scaler leaves the step out.
 
     Raises:
@@ -28,10 +31,9 @@ def hook_steps(
     handles: list[RemovableHandle] = []
     depths: dict[Optimizer, int] = {}
 
-    def entering(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def entering(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         depths[optimizer] = depths.get(optimizer, 0) + 1
-        if before is not None and depths[optimizer] == 1:
-            before(optimizer, args, kwargs)
+        return before(optimizer, args, kwargs) if before is not None and depths[optimizer] == 1 else None
 
     def leaving(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         depths[optimizer] -= 1

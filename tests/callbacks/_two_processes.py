@@ -17,6 +17,7 @@ from lightning_qat import (
     Calibration,
     GradualQuantization,
     LoRA,
+    OrthogonalUpdates,
     ProgressiveBitWidth,
     QATCallback,
     prepare,
@@ -80,9 +81,9 @@ def lora(folder: Path) -> None:
 
 
 def compensated(folder: Path) -> None:
-    """GPTQ's rounding from the data of both processes, and rounding that sets in gradually."""
+    """GPTQ's rounding from the data of both processes, rounding that sets in gradually, orthogonal updates."""
     rounding = GPTQ(2)
-    callbacks = [QATCallback(recipes.int2()), rounding, GradualQuantization(0.5), Watch(folder)]
+    callbacks = [QATCallback(recipes.int2()), rounding, GradualQuantization(0.5), OrthogonalUpdates(), Watch(folder)]
     pl.Trainer(strategy="ddp", callbacks=callbacks, **OPTIONS).fit(Net(), loader())
     assert list(rounding.compensated) == ["first", "head"]
 

@@ -1,0 +1,216 @@
+"""OrthogonalUpdates: quantized weights move by orthogonalized momentum, with the optimizer of the module."""
+
+import fnmatch
+from typing import Any, Final, final
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
+
+from lightning_qat.callbacks.freezing import OscillationFreezing
+from lightning_qat.callbacks.measures import slots
+from lightning_qat.callbacks.step_hooks import Arguments, hook_steps, remove
+from lightning_qat.conversion.sharding import is_sharded
+from lightning_qat.functional.orthogonal import orthogonalized
+
+_LIKE_ADAM: Final = 0.2
+"""Root mean square of what Adam-like optimizers move a weight by, in learning rates: arXiv:2502.16982 section 2.2."""
+
+_MATRIX: Final = 2
+
+
+@final
+class OrthogonalUpdates(pl.Callback):
+    r"""Moves quantized weights by orthogonalized momentum (Muon), everything else as the module's optimizer does.
+
+    Adam moves every latent weight by about the learning rate, also where its gradient is noise, and so codes at a
+    border change at random. Here a weight matrix moves by the matrix that has the singular vectors of its momentum and
+    singular values near 1: all directions that the batches agree on, at one pace. How much that is worth at 2 bits and
+    below is measured in ``benchmarks/README.md``.
+
+    The learning rate, its schedule and the (decoupled) weight decay are those of the weight's parameter group: a step
+    has the root mean square of one of Adam. The optimizer keeps no moments of these weights, so that its state is half
+    as large for them. Kernels of convolutions count as (outputs, everything else). Momenta are in the checkpoint of the
+    callback; a resumed run goes on bit-identically.
+
+    The cost, for each m x n weight with m the shorter side: 20 m^2 n + 10 m^3 multiplications and additions per step,
+    where a layer's own three products of T tokens are 3 T m n.
+
+    Args:
+        rate: factor of the learning rate for these weights, positive.
+        momentum: of the gradients, in [0, 1).
+        match: glob over dotted layer names.
+
+    Raises:
+        ValueError: a value out of range. At fit start: a pattern that matches no quantized weight that trains, weights
+            that are sharded, an optimizer that is not one of the Adam family, whose learning rates mean something
+            else, or an ``OscillationFreezing`` listed before.
+
+    Source: K. Jordan, Muon (2024), with Nesterov momentum; the scale of its steps: arXiv:2502.16982 section 2.2.
+    Deviation: it acts on latent weights, whose gradients have come through rounding.
+
+    Example::
+
+        trainer = L.Trainer(callbacks=[QATCallback(recipes.seq2()), OrthogonalUpdates(), Distillation()])
+    """
+
+    def __init__(self, rate: float = 1.0, *, momentum: float = 0.9, match: str = "*") -> None:
+        if not isinstance(rate, int | float) or not 0 < rate < float("inf"):
+            raise ValueError(f"OrthogonalUpdates: rate={rate!r} is not allowed; choose a positive factor, default 1.0")
+        if not isinstance(momentum, int | float) or not 0 <= momentum < 1:
+            raise ValueError(f"OrthogonalUpdates: momentum={momentum!r} is not allowed; choose a number in [0, 1)")
+        self.rate, self.momentum, self.match = float(rate), float(momentum), match
+        self._names: dict[Tensor, str] = {}
+        self._momenta: dict[str, Tensor] = {}
+        self._hidden: dict[Tensor, tuple[Tensor | None, float, float]] = {}
+        self._handles: list[RemovableHandle] = []
+
+    def __repr__(self) -> str:
+        """Return an expression that evaluates back."""
+        return f"OrthogonalUpdates({self.rate!r}, momentum={self.momentum!r}, match={self.match!r})"
+
+    @override
+    def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
+        if stage == "fit":
+            self._momenta = {}  # of an earlier fit; what a checkpoint holds comes after this
+
+    @override
+    def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        _check_order(self, trainer.callbacks)  # type: ignore[attr-defined]
+        self._names = _matrices(pl_module, self.match)
+        for optimizer in trainer.optimizers:
+            _check_optimizer(optimizer, self._names, getattr(trainer.precision_plugin, "scaler", None) is not None)
+        remove(self._handles)
+        self._handles = hook_steps(trainer.optimizers, "OrthogonalUpdates", before=self._before, after=self._after)
+
+    @override
+    def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        unknown = [name for name in self._momenta if name not in self._names.values()]
+        if unknown:
+            raise ValueError(
+                f"OrthogonalUpdates: the checkpoint holds a momentum for {unknown[0]}, which match={self.match!r} does "
+                "not choose now; give the match it was made with"
+            )
+
+    @override
+    def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
+        remove(self._handles)
+        self._show()
+        self._names = {}
+
+    @override
+    def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "fit")
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self._momenta)
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._momenta = dict(state_dict)
+
+    def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+        """Let the optimizer find no gradients of the weights, also those that its closure computes."""
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._hide(optimizer)
+            return None
+
+        def hiding() -> Any:
+            loss = closure()
+            self._hide(optimizer)
+            return loss
+
+        return args[:1], {**kwargs, "closure": hiding}
+
+    def _hide(self, optimizer: Optimizer) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter in self._names:
+                    settings = float(group["lr"]), float(group.get("weight_decay") or 0.0)
+                    self._hidden[parameter] = parameter.grad, *settings
+                    parameter.grad = None
+
+    def _show(self) -> None:
+        for parameter, (gradient, _, _) in self._hidden.items():
+            parameter.grad = gradient
+        self._hidden = {}
+
+    @torch.no_grad()
+    def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for parameter, (gradient, lr, weight_decay) in self._hidden.items():
+            if gradient is not None:
+                self._update(parameter, gradient, lr * self.rate, weight_decay)
+        self._show()
+
+    def _update(self, parameter: Tensor, gradient: Tensor, lr: float, weight_decay: float) -> None:
+        name = self._names[parameter]
+        momentum = self._momenta.get(name)
+        if momentum is None:
+            momentum = torch.zeros_like(parameter)
+        self._momenta[name] = momentum = momentum.to(parameter.device).lerp_(gradient, 1 - self.momentum)
+        matrix = gradient.lerp(momentum, self.momentum).flatten(1)
+        step = orthogonalized(matrix).view_as(parameter)
+        parameter.mul_(1 - lr * weight_decay)
+        parameter.add_(step, alpha=-lr * _LIKE_ADAM * max(matrix.shape) ** 0.5)
+
+
+def _check_order(callback: OrthogonalUpdates, callbacks: list[Any]) -> None:
+    earlier = callbacks[: callbacks.index(callback)]
+    if any(isinstance(other, OscillationFreezing) for other in earlier):
+        raise ValueError(
+            "OrthogonalUpdates: list it before OscillationFreezing, which has the last word on where weights are"
+        )
+
+
+def _matrices(model: nn.Module, match: str) -> dict[Tensor, str]:
+    """Return the dotted names of the quantized weights that are to move as matrices, by parameter.
+
+    Raises:
+        ValueError: there are none, or they are sharded.
+    """
+    found = [slot for slot in slots(model) if not slot.is_input]
+    looked_up = {
+        slot.module._parameters.get(slot.kind)
+        for slot in slots(model)
+        if isinstance(slot.module, nn.Embedding | nn.EmbeddingBag)
+    }
+    chosen: dict[Tensor, str] = {}
+    for slot in found:
+        parameter = slot.module._parameters.get(slot.kind)  # None where pruning or a parametrization computes it
+        if parameter is None or not parameter.requires_grad or parameter in looked_up or parameter.dim() < _MATRIX:
+            continue
+        if fnmatch.fnmatchcase(slot.layer, match):
+            name = f"{slot.layer}.{slot.kind}" if slot.layer else slot.kind
+            if is_sharded(parameter):
+                raise ValueError(f"OrthogonalUpdates: {name} is sharded (FSDP); use one device or DDP, or leave it out")
+            chosen.setdefault(parameter, name)
+    if not chosen:
+        there = (
+            f"there are {sorted({slot.layer for slot in found})[:8]}" if found else "list QATCallback(recipe) before"
+        )
+        raise ValueError(
+            f"OrthogonalUpdates: match={match!r} matches no layer with a quantized weight that is a matrix, trains "
+            f"as a parameter of its own, and is no embedding; {there}"
+        )
+    return chosen
+
+
+def _check_optimizer(optimizer: Optimizer, weights: dict[Tensor, str], scaled: bool) -> None:
+    """Check that learning rates mean what they mean for Adam, and that gradients are seen unscaled."""
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"] if parameter in weights]
+    kind = type(optimizer).__name__
+    if held and "adam" not in kind.lower():
+        raise ValueError(
+            f"OrthogonalUpdates: {kind} trains {weights[held[0]]}, and steps are scaled to learning rates of Adam; let "
+            "configure_optimizers() return AdamW, or leave the layer out with match="
+        )
+    if held and scaled and any(group.get("fused") for group in optimizer.param_groups):
+        raise ValueError(
+            f"OrthogonalUpdates: a fused {kind} unscales gradients by itself, out of sight; build it with fused=False, "
+            "or train with precision='bf16-mixed'"
+        )

@@ -1,0 +1,37 @@
+"""The nearest matrix with orthogonal rows or columns, approximately."""
+
+from typing import Final
+
+import torch
+from torch import Tensor
+
+_COEFFICIENTS: Final = (3.4445, -4.7750, 2.0315)
+_SMALLEST_NORM: Final = 1e-7
+
+
+def orthogonalized(matrix: Tensor, num_iterations: int = 5) -> Tensor:
+    r"""Return a matrix with the singular vectors of another and singular values near 1, in its dtype.
+
+    :math:`X \leftarrow a X + b (X X^T) X + c (X X^T)^2 X`, started at the matrix over its Frobenius norm. After 5
+    iterations singular values that were at least 0.2 % of that norm lie within 0.68 .. 1.21. Zeros stay zeros.
+
+    Args:
+        matrix: (rows, columns), floating point.
+        num_iterations: 1 or more; each takes 4 m^2 n + 2 m^3 multiplications and additions, m the shorter side.
+
+    Source: Newton-Schulz with the coefficients of K. Jordan's Muon (2024). It is computed in float32 (float64 for
+    float64), on CUDA in bfloat16, as there.
+
+    >>> x = torch.tensor([[3.0, 0.0, 0.0], [0.0, 0.5, 0.0]])
+    >>> orthogonalized(x).abs().gt(0.6).tolist()
+    [[True, False, False], [False, True, False]]
+    """
+    a, b, c = _COEFFICIENTS
+    x = matrix if matrix.dtype == torch.float64 else matrix.bfloat16() if matrix.is_cuda else matrix.float()
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    x = x / x.norm().clamp(min=_SMALLEST_NORM)
+    for _ in range(num_iterations):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.T if tall else x).to(matrix.dtype)
