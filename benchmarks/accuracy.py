@@ -7,9 +7,9 @@ A float model is trained for a fixed number of steps. From its weights, each wit
 optimizer, schedule and batches: training goes on in float (the reference, with and without a teacher), or with
 quantization by a method. The teacher is the float model as it was. Weights of all linear layers but the head are
 quantized, one scale per output channel (bitnet: per tensor). Figures are losses on the test data in nats; excess is the
-loss above the float reference of the same seed. Ours is ``QATCallback(recipe), GPTQ(), GradualQuantization(),
-Distillation()``, the same for every task and width, with the defaults of the package. They were chosen on validation
-data, but for how rounding sets in, see benchmarks/README.md.
+loss above the float reference of the same seed. Ours is ``QATCallback(recipe), GPTQ(), OrthogonalUpdates(),
+GradualQuantization(), Distillation()``, the same for every task and width, with the defaults of the package, which were
+chosen on validation data.
 """
 
 import argparse
@@ -38,6 +38,7 @@ from lightning_qat import (
     GradualQuantization,
     LayerSpec,
     MinimumError,
+    OrthogonalUpdates,
     QATCallback,
     QuantizerSpec,
     Recipe,
@@ -52,13 +53,15 @@ from lightning_qat.models import ArithmeticModel, ConvNet, LanguageModel, Sequen
 
 WIDTHS = (*WEIGHT_BITS, "seq2")
 BITS = {"int8": 8.0, "int4": 4.0, "int3": 3.0, "int2": 2.0, "ternary": 1.58, "binary": 1.0}
+_gptq = partial(GPTQ, forward=call_module)
+_SET_IN = partial(GradualQuantization, most_levels=4)
 OURS, TEACHER, AFTER_TRAINING = "ours", " + teacher", "after training"
 ABLATIONS: dict[str, Callable[[Any], list[Any]]] = {
     "ours, QATCallback alone": lambda mask: [],
-    "ours, with GPTQ": lambda mask: [GPTQ(forward=call_module)],
-    "ours, with gradual rounding": lambda mask: [GradualQuantization()],
     "ours, with teacher": lambda mask: [Distillation(mask=mask)],
-    "ours, without teacher": lambda mask: [GPTQ(forward=call_module), GradualQuantization()],
+    "ours, without teacher": lambda mask: [_gptq(), OrthogonalUpdates(), GradualQuantization()],
+    "ours, AdamW, rounding set in": lambda mask: [_gptq(), _SET_IN(), Distillation(mask=mask)],
+    "ours, AdamW, rounding set in, no teacher": lambda mask: [_gptq(), _SET_IN()],
 }
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57}  # Student's t, two-sided, for so many seeds
 
@@ -170,7 +173,7 @@ def _callbacks(method: str, width: str, module: L.LightningModule, mask: TargetM
         return [QATCallback(_but_head(_after_training(width, search="absmax" not in method), module))]
     converting = [QATCallback(_but_head(recipes.named(width), module))] if method.startswith(OURS) else []
     if method == OURS:
-        return [*converting, GPTQ(forward=call_module), GradualQuantization(), Distillation(mask=mask)]
+        return [*converting, *ABLATIONS["ours, without teacher"](mask), Distillation(mask=mask)]
     if method in ABLATIONS:
         return [*converting, *ABLATIONS[method](mask)]
     return [Distillation(copy.deepcopy(module), mask=mask)] if method.endswith(TEACHER) else converting

@@ -3,8 +3,9 @@
     python -m benchmarks.export --output benchmarks/export.json
 
 The float models, data, batches and learning rates are those of benchmarks/accuracy.py (tasks digits and text). Each
-recipe trains from the float model with ``QATCallback(recipe), GPTQ(), GradualQuantization(), Distillation()``, the head
-stays float, and is exported as safetensors, which verifies itself. Quality is that of the loaded file on the test data.
+recipe trains from the float model with ``QATCallback(recipe), GPTQ(), OrthogonalUpdates(), GradualQuantization(),
+Distillation()``, the head stays float, and is exported as safetensors, which verifies itself. Quality is that of the
+loaded file on the test data.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import torch
 
 from benchmarks.accuracy import TASKS, _but_head, _float_model, _trainer
 from benchmarks.output import machine, show
-from lightning_qat import GPTQ, Distillation, GradualQuantization, QATCallback, recipes
+from lightning_qat import GPTQ, Distillation, GradualQuantization, OrthogonalUpdates, QATCallback, recipes
 from lightning_qat.export import export, load
 
 METRICS = {"digits": "accuracy", "text": "bits_per_byte"}
@@ -38,7 +39,8 @@ def run(name: str, recipe: str, steps: int, seed: int, cache: Path, folder: Path
     """Train, export, load and test."""
     task = TASKS[name]
     module = _float_model(task, name, recipe, seed, cache)
-    callbacks = [QATCallback(_but_head(recipes.named(recipe), module)), GPTQ(), GradualQuantization(), Distillation()]
+    updates = OrthogonalUpdates(), GradualQuantization()
+    callbacks = [QATCallback(_but_head(recipes.named(recipe), module)), GPTQ(), *updates, Distillation()]
     L.seed_everything(seed + 1000, verbose=False)
     _trainer(steps, callbacks).fit(module, datamodule=task.data(seed + 1000, task.batch_sizes[1], steps))
     data: Any = task.data(0, 64, 1)

@@ -24,9 +24,10 @@ class GradualQuantization(pl.Callback):
 
     The staircase of rounding starts as the identity (within the range of the grid) and becomes steeper with every
     optimizer step: its slopes between levels are :math:`1 / (1 - t)^2` with t = step / (fraction x steps of the run).
-    Then, and in validation, test, export always, rounding is what it is. The network is never broken, which pays at 2
-    bits and below, most where a short training must bring back much. At 3 bits and more it takes more than it gives, so
-    weights with more levels are rounded from the first step on. The figures are in ``benchmarks/README.md``.
+    Then, and in validation, test, export always, rounding is what it is. The network is never broken, which pays at
+    1.58 bits and below, where a short training must bring back much. With more levels it takes as much as it gives
+    beside ``OrthogonalUpdates``, so such weights are rounded from the first step on; with the updates of AdamW alone
+    ``most_levels=4`` is worth a try where targets have no noise. The figures are in ``benchmarks/README.md``.
 
     The step is the trainer's, so a resumed run goes on bit-identically. While values lie between levels, products are
     those of floats and the fused forward of linear layers is not in use; a compiled model is compiled once more when
@@ -47,10 +48,10 @@ class GradualQuantization(pl.Callback):
 
     Example::
 
-        trainer = L.Trainer(callbacks=[QATCallback(recipes.ternary()), GradualQuantization(), Distillation()])
+        trainer = L.Trainer(callbacks=[QATCallback(recipes.binary()), GradualQuantization(), Distillation()])
     """
 
-    def __init__(self, fraction: float = 0.6, match: str = "*", *, most_levels: int = 4) -> None:
+    def __init__(self, fraction: float = 0.3, match: str = "*", *, most_levels: int = 3) -> None:
         if not isinstance(fraction, int | float) or not 0 < fraction <= 1:
             raise ValueError(f"GradualQuantization: fraction={fraction!r} is not allowed; choose a share in (0, 1]")
         if not isinstance(most_levels, int) or most_levels < _LEAST_LEVELS:

@@ -5,13 +5,14 @@ from typing import Any, Final, final
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_qat.callbacks.freezing import OscillationFreezing
-from lightning_qat.callbacks.measures import slots
+from lightning_qat.callbacks.measures import Slot, slots
 from lightning_qat.callbacks.step_hooks import Arguments, hook_steps, remove
 from lightning_qat.conversion.sharding import is_sharded
 from lightning_qat.functional.orthogonal import orthogonalized
@@ -28,8 +29,9 @@ class OrthogonalUpdates(pl.Callback):
 
     Adam moves every latent weight by about the learning rate, also where its gradient is noise, and so codes at a
     border change at random. Here a weight matrix moves by the matrix that has the singular vectors of its momentum and
-    singular values near 1: all directions that the batches agree on, at one pace. How much that is worth at 2 bits and
-    below is measured in ``benchmarks/README.md``.
+    singular values near 1: all directions that the batches agree on, at one pace. It pays with learned scales; where a
+    scale is the mean of the weights themselves (``bitnet``) it does harm, and weights whose scales are recomputed move
+    as the optimizer moves them. The figures are in ``benchmarks/README.md``.
 
     The learning rate, its schedule and the (decoupled) weight decay are those of the weight's parameter group: a step
     has the root mean square of one of Adam. The optimizer keeps no moments of these weights, so that its state is half
@@ -43,6 +45,7 @@ class OrthogonalUpdates(pl.Callback):
         rate: factor of the learning rate for these weights, positive.
         momentum: of the gradients, in [0, 1).
         match: glob over dotted layer names.
+        recomputed: whether also weights move like this whose scales are recomputed from them in each step.
 
     Raises:
         ValueError: a value out of range. At fit start: a pattern that matches no quantized weight that trains, weights
@@ -57,20 +60,25 @@ class OrthogonalUpdates(pl.Callback):
         trainer = L.Trainer(callbacks=[QATCallback(recipes.seq2()), OrthogonalUpdates(), Distillation()])
     """
 
-    def __init__(self, rate: float = 1.0, *, momentum: float = 0.9, match: str = "*") -> None:
+    def __init__(self, rate: float = 1.0, *, momentum: float = 0.9, match: str = "*", recomputed: bool = False) -> None:
         if not isinstance(rate, int | float) or not 0 < rate < float("inf"):
             raise ValueError(f"OrthogonalUpdates: rate={rate!r} is not allowed; choose a positive factor, default 1.0")
         if not isinstance(momentum, int | float) or not 0 <= momentum < 1:
             raise ValueError(f"OrthogonalUpdates: momentum={momentum!r} is not allowed; choose a number in [0, 1)")
-        self.rate, self.momentum, self.match = float(rate), float(momentum), match
-        self._names: dict[Tensor, str] = {}
+        if not isinstance(recomputed, bool):
+            raise ValueError(f"OrthogonalUpdates: recomputed={recomputed!r} is not allowed; choose True or False")
+        self.rate, self.momentum, self.match, self.recomputed = float(rate), float(momentum), match, recomputed
+        self._weights: dict[Tensor, Slot] = {}
         self._momenta: dict[str, Tensor] = {}
         self._hidden: dict[Tensor, tuple[Tensor | None, float, float]] = {}
         self._handles: list[RemovableHandle] = []
 
     def __repr__(self) -> str:
         """Return an expression that evaluates back."""
-        return f"OrthogonalUpdates({self.rate!r}, momentum={self.momentum!r}, match={self.match!r})"
+        return (
+            f"OrthogonalUpdates({self.rate!r}, momentum={self.momentum!r}, match={self.match!r}, "
+            f"recomputed={self.recomputed!r})"
+        )
 
     @override
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
@@ -80,26 +88,33 @@ class OrthogonalUpdates(pl.Callback):
     @override
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         _check_order(self, trainer.callbacks)  # type: ignore[attr-defined]
-        self._names = _matrices(pl_module, self.match)
+        self._weights = _matrices(pl_module, self.match)
+        if not self.recomputed:
+            self._weights = {p: slot for p, slot in self._weights.items() if slot.quantizer.learned}
+        if not self._weights:
+            rank_zero_info(
+                "OrthogonalUpdates: no weight has a learned scale; all move as the optimizer moves them. "
+                "recomputed=True would take them, too."
+            )
         for optimizer in trainer.optimizers:
-            _check_optimizer(optimizer, self._names, getattr(trainer.precision_plugin, "scaler", None) is not None)
+            _check_optimizer(optimizer, self._weights, getattr(trainer.precision_plugin, "scaler", None) is not None)
         remove(self._handles)
         self._handles = hook_steps(trainer.optimizers, "OrthogonalUpdates", before=self._before, after=self._after)
 
     @override
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        unknown = [name for name in self._momenta if name not in self._names.values()]
+        unknown = self._momenta.keys() - {_name(slot) for slot in self._weights.values()}
         if unknown:
             raise ValueError(
-                f"OrthogonalUpdates: the checkpoint holds a momentum for {unknown[0]}, which match={self.match!r} does "
-                "not choose now; give the match it was made with"
+                f"OrthogonalUpdates: the checkpoint holds a momentum for {min(unknown)}, which match={self.match!r} "
+                "does not choose now; give the match it was made with"
             )
 
     @override
     def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         remove(self._handles)
         self._show()
-        self._names = {}
+        self._weights = {}
 
     @override
     def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
@@ -130,7 +145,7 @@ class OrthogonalUpdates(pl.Callback):
     def _hide(self, optimizer: Optimizer) -> None:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                if parameter in self._names:
+                if parameter in self._weights:
                     settings = float(group["lr"]), float(group.get("weight_decay") or 0.0)
                     self._hidden[parameter] = parameter.grad, *settings
                     parameter.grad = None
@@ -148,7 +163,7 @@ class OrthogonalUpdates(pl.Callback):
         self._show()
 
     def _update(self, parameter: Tensor, gradient: Tensor, lr: float, weight_decay: float) -> None:
-        name = self._names[parameter]
+        name = _name(self._weights[parameter])
         momentum = self._momenta.get(name)
         if momentum is None:
             momentum = torch.zeros_like(parameter)
@@ -167,8 +182,12 @@ def _check_order(callback: OrthogonalUpdates, callbacks: list[Any]) -> None:
         )
 
 
-def _matrices(model: nn.Module, match: str) -> dict[Tensor, str]:
-    """Return the dotted names of the quantized weights that are to move as matrices, by parameter.
+def _name(slot: Slot) -> str:
+    return f"{slot.layer}.{slot.kind}" if slot.layer else slot.kind
+
+
+def _matrices(model: nn.Module, match: str) -> dict[Tensor, Slot]:
+    """Return the quantized weights that are matrices and trained, by parameter.
 
     Raises:
         ValueError: there are none, or they are sharded.
@@ -179,16 +198,17 @@ def _matrices(model: nn.Module, match: str) -> dict[Tensor, str]:
         for slot in slots(model)
         if isinstance(slot.module, nn.Embedding | nn.EmbeddingBag)
     }
-    chosen: dict[Tensor, str] = {}
+    chosen: dict[Tensor, Slot] = {}
     for slot in found:
         parameter = slot.module._parameters.get(slot.kind)  # None where pruning or a parametrization computes it
         if parameter is None or not parameter.requires_grad or parameter in looked_up or parameter.dim() < _MATRIX:
             continue
         if fnmatch.fnmatchcase(slot.layer, match):
-            name = f"{slot.layer}.{slot.kind}" if slot.layer else slot.kind
             if is_sharded(parameter):
-                raise ValueError(f"OrthogonalUpdates: {name} is sharded (FSDP); use one device or DDP, or leave it out")
-            chosen.setdefault(parameter, name)
+                raise ValueError(
+                    f"OrthogonalUpdates: {_name(slot)} is sharded (FSDP); use one device or DDP, or leave it out"
+                )
+            chosen.setdefault(parameter, slot)
     if not chosen:
         there = (
             f"there are {sorted({slot.layer for slot in found})[:8]}" if found else "list QATCallback(recipe) before"
@@ -200,13 +220,13 @@ def _matrices(model: nn.Module, match: str) -> dict[Tensor, str]:
     return chosen
 
 
-def _check_optimizer(optimizer: Optimizer, weights: dict[Tensor, str], scaled: bool) -> None:
+def _check_optimizer(optimizer: Optimizer, weights: dict[Tensor, Slot], scaled: bool) -> None:
     """Check that learning rates mean what they mean for Adam, and that gradients are seen unscaled."""
     held = [parameter for group in optimizer.param_groups for parameter in group["params"] if parameter in weights]
     kind = type(optimizer).__name__
     if held and "adam" not in kind.lower():
         raise ValueError(
-            f"OrthogonalUpdates: {kind} trains {weights[held[0]]}, and steps are scaled to learning rates of Adam; let "
+            f"OrthogonalUpdates: {kind} trains {_name(weights[held[0]])}, and steps are scaled to rates of Adam; let "
             "configure_optimizers() return AdamW, or leave the layer out with match="
         )
     if held and scaled and any(group.get("fused") for group in optimizer.param_groups):

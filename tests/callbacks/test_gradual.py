@@ -54,9 +54,10 @@ class Watching(Net):
 def test_from_the_identity_to_rounding(recipe: str) -> None:
     model = Watching()
     if recipe == "bitnet":  # scales that are recomputed
-        fit(Net(), QATCallback(recipes.bitnet()), GradualQuantization(0.5), train=loader(64))
+        fit(Net(), QATCallback(recipes.bitnet()), GradualQuantization(0.5, most_levels=4), train=loader(64))
         return
-    fit(model, QATCallback(recipes.named(recipe)), GradualQuantization(0.5), train=loader(64), val=loader(8),
+    callbacks = [QATCallback(recipes.named(recipe)), GradualQuantization(0.5, most_levels=4)]
+    fit(model, *callbacks, train=loader(64), val=loader(8),
         val_check_interval=2, num_sanity_val_steps=1)  # fmt: skip
     assert [round(softness, 6) for softness, _, _ in model.seen] == [1.0, 0.5625, 0.25, 0.0625, 0.0, 0.0, 0.0, 0.0]
     assert model.seen[0][1] < 1e-6  # the identity, within the range
@@ -76,7 +77,7 @@ def test_every_parameter_trains_from_the_first_step() -> None:
             before = state(self)
 
     model = Start()
-    fit(model, QATCallback(recipes.int2()), GradualQuantization(1.0), limit_train_batches=1, max_steps=1)
+    fit(model, QATCallback(recipes.int2()), GradualQuantization(1.0, most_levels=4), limit_train_batches=1, max_steps=1)
     assert before is not None
     after = state(model)
     assert all(not torch.equal(value, after[name]) for name, value in before.items() if "extra_state" not in name)
@@ -87,7 +88,7 @@ def test_a_resumed_run_goes_on_bit_identically(tmp_path: Path) -> None:
         model = Net()
         saves = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
         train = StatefulLoader(list(loader()))
-        callbacks = [QATCallback(recipes.ternary()), GradualQuantization(0.6), saves]
+        callbacks = [QATCallback(recipes.ternary()), GradualQuantization(0.6, most_levels=4), saves]
         fit(model, *callbacks, train=train, ckpt=ckpt, max_epochs=2, accumulate_grad_batches=2)
         return state(model)
 
@@ -98,7 +99,7 @@ def test_a_resumed_run_goes_on_bit_identically(tmp_path: Path) -> None:
 
 def test_only_the_layers_that_match() -> None:
     model = Watching()
-    fit(model, QATCallback(recipes.int2()), GradualQuantization(1.0, match="head"))
+    fit(model, QATCallback(recipes.int2()), GradualQuantization(1.0, match="head", most_levels=4))
     assert all(distance == 0 for _, _, distance in model.seen)
 
 
@@ -125,22 +126,22 @@ def test_clear_errors() -> None:
         fit(Net(), QATCallback(recipes.int2()), GradualQuantization(), max_epochs=-1)
     wide = Recipe((Rule("*", LayerSpec(QuantizerSpec(Ternary(0.7)))),))
     with pytest.raises(ValueError, match="not in the middle"):
-        fit(Net(), QATCallback(wide), GradualQuantization())
+        fit(Net(), QATCallback(wide), GradualQuantization(most_levels=4))
     with pytest.raises(ValueError, match="most_levels=1 is not allowed; choose 2 or more"):
         GradualQuantization(most_levels=1)
-    assert repr(GradualQuantization()) == "GradualQuantization(0.6, '*', most_levels=4)"
+    assert repr(GradualQuantization()) == "GradualQuantization(0.3, '*', most_levels=3)"
 
 
 def test_grids_with_more_levels_are_rounded_at_once(caplog: pytest.LogCaptureFixture) -> None:
     rules = (Rule("first", LayerSpec(QuantizerSpec(Int(3)))), Rule("*", LayerSpec(QuantizerSpec(Int(2)))))
-    for options, seen in (({}, False), ({"most_levels": 8}, True)):
+    for most_levels, seen in ((4, False), (8, True)):
         model = Watching()
-        fit(model, QATCallback(Recipe(rules)), GradualQuantization(**options), train=loader(16))
+        fit(model, QATCallback(Recipe(rules)), GradualQuantization(most_levels=most_levels), train=loader(16))
         assert (model.seen[0][2] > 0) == seen
     assert "most_levels" not in caplog.text
     with caplog.at_level("INFO"):
-        fit(Net(), QATCallback(recipes.int4()), GradualQuantization())
-    assert "all weights have more than most_levels=4 levels" in caplog.text
+        fit(Net(), QATCallback(recipes.int2()), GradualQuantization())
+    assert "all weights have more than most_levels=3 levels" in caplog.text
 
 
 def test_a_lower_width_on_the_way_softens_and_resumes_bit_identically(tmp_path: Path) -> None:
@@ -148,7 +149,7 @@ def test_a_lower_width_on_the_way_softens_and_resumes_bit_identically(tmp_path: 
         model = Watching()
         saves = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
         lower = ProgressiveBitWidth({0: 8, 1: 3, 3: 2}, unit="step")
-        callbacks = [QATCallback(recipes.int2()), lower, GradualQuantization(1.0), saves]
+        callbacks = [QATCallback(recipes.int2()), lower, GradualQuantization(1.0, most_levels=4), saves]
         fit(model, *callbacks, train=StatefulLoader(list(loader(48))), ckpt=ckpt)
         return model, state(model)
 

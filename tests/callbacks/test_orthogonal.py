@@ -59,7 +59,12 @@ def by_hand(model: nn.Module, momentum: float, rate: float, clip: float | None) 
 @pytest.mark.parametrize(("momentum", "rate"), [(0.9, 1.0), (0.5, 2.0), (0.0, 0.5)])
 def test_steps_are_those_of_a_loop_by_hand(momentum: float, rate: float, clip: float | None) -> None:
     model, expected = Net(), Net()
-    fit(model, QATCallback(recipes.int8()), OrthogonalUpdates(rate, momentum=momentum), gradient_clip_val=clip)
+    fit(
+        model,
+        QATCallback(recipes.int8()),
+        OrthogonalUpdates(rate, momentum=momentum, recomputed=True),
+        gradient_clip_val=clip,
+    )
     prepare(expected, recipes.int8())  # recomputed scales: nothing but weights and biases trains
     for name, value in by_hand(expected, momentum, rate, clip).items():
         torch.testing.assert_close(model.get_parameter(name), value, rtol=1e-4, atol=1e-5)
@@ -76,7 +81,7 @@ class Watching(Net):
 
 def test_gradients_come_back_and_the_optimizer_keeps_no_moments() -> None:
     model = Watching()
-    fit(model, QATCallback(recipes.int4()), OrthogonalUpdates(match="first"))
+    fit(model, QATCallback(recipes.int2()), OrthogonalUpdates(match="first"))
     names = {name for name, _ in model.named_parameters()}
     assert model.gradients == names
     assert model.remembered == names - {"first.weight"}
@@ -110,6 +115,18 @@ def test_a_resumed_run_goes_on_bit_identically(tmp_path: Path) -> None:
         assert_equal_states(run(tmp_path / "resumed", tmp_path / f"step={step}.ckpt"), whole)
     with pytest.raises(ValueError, match=r"holds a momentum for head.weight, which match='first' does not choose now"):
         run(tmp_path / "other", tmp_path / "step=1.ckpt", match="first")
+
+
+@pytest.mark.parametrize("recipe", ["int8", "bitnet"])
+def test_weights_with_recomputed_scales_move_as_the_optimizer_moves_them(
+    recipe: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    models = Net(), Net()
+    fit(models[0], QATCallback(recipes.named(recipe)))
+    with caplog.at_level("INFO"):
+        fit(models[1], QATCallback(recipes.named(recipe)), OrthogonalUpdates())
+    assert "no weight has a learned scale" in caplog.text
+    assert_equal_states(state(models[0]), state(models[1]))
 
 
 def test_a_callback_is_used_again() -> None:
@@ -151,7 +168,7 @@ def test_convolutions_count_as_matrices_and_embeddings_do_not() -> None:
     kernel = updates.state_dict()["conv.weight"]
     assert kernel.shape == model.conv.weight.shape
     before, model = Kinds(), Kinds()
-    fit(model, QATCallback(recipes.int8()), OrthogonalUpdates(momentum=0.0), limit_train_batches=1)
+    fit(model, QATCallback(recipes.int8()), OrthogonalUpdates(momentum=0.0, recomputed=True), limit_train_batches=1)
     step = (before.conv.weight - latent(model.conv, "weight")).detach() / (LR * 0.2 * 18**0.5)
     values = torch.linalg.svdvals(step.flatten(1) - 0.01 / (0.2 * 18**0.5) * before.conv.weight.detach().flatten(1))
     assert float(values.max()) < 1.25
@@ -168,6 +185,7 @@ def test_clear_errors() -> None:
     for options, message in (
         ({"rate": 0}, "rate=0 is not allowed; choose a positive factor"),
         ({"rate": "high"}, "rate='high' is not allowed"),
+        ({"recomputed": "no"}, "recomputed='no' is not allowed; choose True or False"),
         ({"momentum": 1.0}, r"momentum=1.0 is not allowed; choose a number in \[0, 1\)"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -186,7 +204,7 @@ def test_clear_errors() -> None:
         )
     with pytest.raises(ValueError, match="list it before OscillationFreezing"):
         fit(Net(), QATCallback(recipes.int4()), OscillationFreezing(), OrthogonalUpdates())
-    assert repr(OrthogonalUpdates()) == "OrthogonalUpdates(1.0, momentum=0.9, match='*')"
+    assert repr(OrthogonalUpdates()) == "OrthogonalUpdates(1.0, momentum=0.9, match='*', recomputed=False)"
 
 
 def test_a_step_that_fails_gives_gradients_back() -> None:
