@@ -21,7 +21,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -333,6 +333,7 @@ def main() -> None:
     parser.add_argument("--width", nargs="+", choices=("float", *WIDTHS), default=["float", *WIDTHS])
     parser.add_argument("--method", nargs="+", help="default: all")
     parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--batch-size", type=int, help="of what follows the float training; default: see TASKS")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/accuracy.json"))
     parser.add_argument("--cache", type=Path, default=Path("outputs/accuracy"), help="folder of the float models")
     parser.add_argument("--again", action="store_true", help="also what is there already")
@@ -343,6 +344,8 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     arguments.cache.mkdir(parents=True, exist_ok=True)
+    for name, task in TASKS.items() if arguments.batch_size else ():
+        TASKS[name] = replace(task, batch_sizes=(task.batch_sizes[0], arguments.batch_size))
     if not arguments.report:
         for task, width, method, seed in _jobs(arguments):
             _carry_out(arguments, task, width, method, seed)

@@ -1,9 +1,10 @@
-"""What statistics and distillation add to a training step, in CPU time of one thread.
+"""What statistics, distillation and orthogonal updates add to a training step, in CPU time of one thread.
 
     python benchmarks/callbacks.py --output benchmarks/callbacks.json
 
 Statistics: CPU time of one measurement with TensorBoard, over that of ``every_n_steps`` steps. Distillation: CPU time
-of what it adds to the forward of a step beyond the teacher's forward, over that of the step.
+of what it adds to the forward of a step beyond the teacher's forward, over that of the step. Orthogonal updates: CPU
+time of all of them in a step, over that of a step without.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_qat import QATCallback, recipes
-from lightning_qat.callbacks import Distillation, QuantizationStatistics
+from lightning_qat.callbacks import Distillation, OrthogonalUpdates, QuantizationStatistics
 from lightning_qat.callbacks.teacher import Teacher
 from lightning_qat.data import DigitsData, TextData
 from lightning_qat.models import LanguageModel, SequenceClassifier
@@ -103,6 +104,16 @@ def distillation_cost(name: str) -> dict[str, float]:
     }  # fmt: skip
 
 
+def orthogonal_cost(name: str) -> dict[str, float]:
+    """Return the share of a step that the updates of all weights take."""
+    callback = OrthogonalUpdates()
+    step, notes = fit(name), timed(callback, "_update")
+    fit(name, callback)
+    num_weights = len(notes) // NUM_STEPS
+    updates = statistics.median(sum(notes[i : i + num_weights]) for i in range(0, len(notes), num_weights))
+    return {"step": step, "updates": updates, "share": updates / step}
+
+
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -114,6 +125,7 @@ def main() -> None:
     found: dict[str, Any] = {name: {"statistics": statistics_cost(name)} for name in ("digits", "text")}
     for name, costs in found.items():
         costs["distillation"] = distillation_cost(name)
+        costs["orthogonal"] = orthogonal_cost(name)
     print(json.dumps(found, indent=1))
     if arguments.output:
         arguments.output.write_text(json.dumps(found, indent=1) + "\n")
