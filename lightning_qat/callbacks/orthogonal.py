@@ -193,10 +193,11 @@ def _matrices(model: nn.Module, match: str) -> dict[Tensor, Slot]:
         ValueError: there are none, or they are sharded.
     """
     found = [slot for slot in slots(model) if not slot.is_input]
-    looked_up = {
-        slot.module._parameters.get(slot.kind)
-        for slot in slots(model)
-        if isinstance(slot.module, nn.Embedding | nn.EmbeddingBag)
+    looked_up = {  # also where a linear layer shares them: their rows have gradients of their own
+        parameter
+        for module in model.modules()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag)
+        for parameter in module.parameters(recurse=False)
     }
     chosen: dict[Tensor, Slot] = {}
     for slot in found:

@@ -176,6 +176,14 @@ def test_convolutions_count_as_matrices_and_embeddings_do_not() -> None:
     assert float(values[2]) < 1e-3  # three classes give gradients in two directions
 
 
+def test_what_an_embedding_shares_is_left_to_the_optimizer() -> None:
+    model, updates = Net(), OrthogonalUpdates()
+    model.tokens = nn.Embedding(3, 8)
+    model.tokens.weight = model.head.weight
+    fit(model, QATCallback(recipes.int2()), updates)
+    assert set(updates.state_dict()) == {"first.weight"}
+
+
 def sgd(module: nn.Module) -> Any:
     return torch.optim.SGD(module.parameters(), 0.1)
 
