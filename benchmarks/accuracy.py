@@ -51,7 +51,9 @@ from lightning_qat.callbacks.running import call_module  # predict_step of the a
 from lightning_qat.data import ArithmeticData, DigitImages, DigitsData, TextData
 from lightning_qat.models import ArithmeticModel, ConvNet, LanguageModel, SequenceClassifier
 
-WIDTHS = (*WEIGHT_BITS, "seq2")
+WIDTHS = (*WEIGHT_BITS, "seq2", "ternary_a8")
+AS_MANY_BITS = {"seq2": "int2", "ternary_a8": "bitnet"}
+"""Ours alone: half-integer levels; ternary weights with a learned scale per channel, inputs as those of bitnet."""
 BITS = {"int8": 8.0, "int4": 4.0, "int3": 3.0, "int2": 2.0, "ternary": 1.58, "binary": 1.0}
 _gptq = partial(GPTQ, forward=call_module)
 _SET_IN = partial(GradualQuantization, most_levels=4)
@@ -113,7 +115,7 @@ TASKS = {
 }  # fmt: skip
 # Of the highest learning rate of the float training; the same for all methods. The best of 1/8 to 2 for plain LSQ
 # (learned scales, no teacher) on the validation data of the text; for the float reference, too.
-RATES = {"ternary": 0.5, "bitnet": 0.5, "int2": 0.5, "seq2": 0.5, "binary": 1.0}
+RATES = {"ternary": 0.5, "bitnet": 0.5, "ternary_a8": 0.5, "int2": 0.5, "seq2": 0.5, "binary": 1.0}
 RATE = 0.25
 
 
@@ -153,13 +155,22 @@ def _float_model(task: Task, name: str, width: str, seed: int, folder: Path) -> 
     return module
 
 
+def _recipe(width: str) -> Recipe:
+    if width != "ternary_a8":
+        return recipes.named(width)
+    weight, inputs = (recipes.named(name).rules[0].spec for name in ("ternary", "bitnet"))
+    assert weight is not None
+    assert inputs is not None
+    return Recipe((Rule("*", LayerSpec(weight.weight, inputs.input)),))
+
+
 def _but_head(recipe: Recipe, module: L.LightningModule) -> Recipe:
     return Recipe((Rule("head", None), *recipe.rules)) if hasattr(module, "head") else recipe
 
 
 def _after_training(width: str, *, search: bool) -> Recipe:
     """Return round to nearest: the grid of a recipe, scales by absolute maximum or least error."""
-    spec = recipes.named(width).rules[0].spec
+    spec = _recipe(width).rules[0].spec
     assert spec is not None
     assert spec.weight is not None
     weight = QuantizerSpec(
@@ -171,7 +182,7 @@ def _after_training(width: str, *, search: bool) -> Recipe:
 def _callbacks(method: str, width: str, module: L.LightningModule, mask: TargetMask | None) -> list[Any]:
     if method.startswith(AFTER_TRAINING):
         return [QATCallback(_but_head(_after_training(width, search="absmax" not in method), module))]
-    converting = [QATCallback(_but_head(recipes.named(width), module))] if method.startswith(OURS) else []
+    converting = [QATCallback(_but_head(_recipe(width), module))] if method.startswith(OURS) else []
     if method == OURS:
         return [*converting, *ABLATIONS["ours, without teacher"](mask), Distillation(mask=mask)]
     if method in ABLATIONS:
@@ -249,7 +260,7 @@ def comparison(results: dict[str, Any], task: str) -> list[dict[str, str]]:
     """Return a row for each width: the best peer, ours, and what ours recovers of the loss of rounding alone."""
     rows = []
     for width in WIDTHS:
-        same = "int2" if width == "seq2" else width  # as many bits
+        same = AS_MANY_BITS.get(width, width)
         peers = {name: values for name in PEERS if (values := excess(results, task, same, name))}
         own, after = excess(results, task, width, OURS), excess(results, task, same, AFTER_TRAINING)
         if not peers or not own or not after:
