@@ -31,7 +31,7 @@ class OrthogonalUpdates(pl.Callback):
     border change at random. Here a weight matrix moves by the matrix that has the singular vectors of its momentum and
     singular values near 1: all directions that the batches agree on, at one pace. It pays with learned scales; where a
     scale is the mean of the weights themselves (``bitnet``) it does harm, and weights whose scales are recomputed move
-    as the optimizer moves them. The figures are in ``benchmarks/README.md``.
+    as the optimizer moves them. The figures, and what a float model would gain, are in ``benchmarks/README.md``.
 
     The learning rate, its schedule and the (decoupled) weight decay are those of the weight's parameter group: a step
     has the root mean square of one of Adam. The optimizer keeps no moments of these weights, so that its state is half

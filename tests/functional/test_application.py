@@ -43,6 +43,8 @@ def test_is_apply() -> None:
 
 def test_signatures_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inspect, "signature", None)
+    with pytest.raises(TypeError):  # what is avoided
+        _Scaled.apply(torch.ones(2, requires_grad=True), 2.0, None)
     applied(_Scaled, torch.ones(2, requires_grad=True), 2.0, None)[0].sum().backward()
 
 
