@@ -155,22 +155,13 @@ def _float_model(task: Task, name: str, width: str, seed: int, folder: Path) -> 
     return module
 
 
-def _recipe(width: str) -> Recipe:
-    if width != "ternary_a8":
-        return recipes.named(width)
-    weight, inputs = (recipes.named(name).rules[0].spec for name in ("ternary", "bitnet"))
-    assert weight is not None
-    assert inputs is not None
-    return Recipe((Rule("*", LayerSpec(weight.weight, inputs.input)),))
-
-
 def _but_head(recipe: Recipe, module: L.LightningModule) -> Recipe:
     return Recipe((Rule("head", None), *recipe.rules)) if hasattr(module, "head") else recipe
 
 
 def _after_training(width: str, *, search: bool) -> Recipe:
     """Return round to nearest: the grid of a recipe, scales by absolute maximum or least error."""
-    spec = _recipe(width).rules[0].spec
+    spec = recipes.named(width).rules[0].spec
     assert spec is not None
     assert spec.weight is not None
     weight = QuantizerSpec(
@@ -182,7 +173,7 @@ def _after_training(width: str, *, search: bool) -> Recipe:
 def _callbacks(method: str, width: str, module: L.LightningModule, mask: TargetMask | None) -> list[Any]:
     if method.startswith(AFTER_TRAINING):
         return [QATCallback(_but_head(_after_training(width, search="absmax" not in method), module))]
-    converting = [QATCallback(_but_head(_recipe(width), module))] if method.startswith(OURS) else []
+    converting = [QATCallback(_but_head(recipes.named(width), module))] if method.startswith(OURS) else []
     if method == OURS:
         return [*converting, *ABLATIONS["ours, without teacher"](mask), Distillation(mask=mask)]
     if method in ABLATIONS:

@@ -21,6 +21,7 @@ _LIKE_ADAM: Final = 0.2
 """Root mean square of what Adam-like optimizers move a weight by, in learning rates: arXiv:2502.16982 section 2.2."""
 
 _MATRIX: Final = 2
+_TERNARY: Final = 3
 
 
 @final
@@ -42,7 +43,8 @@ class OrthogonalUpdates(pl.Callback):
     where a layer's own three products of T tokens are 3 T m n.
 
     Args:
-        rate: factor of the learning rate for these weights, positive.
+        rate: factor of the learning rate for these weights, positive. None: 2 for weights of three levels, which want
+            to move more than those of two or of four and more at the rates that suit AdamW, and 1 for others.
         momentum: of the gradients, in [0, 1).
         match: glob over dotted layer names.
         recomputed: whether also weights move like this whose scales are recomputed from them in each step.
@@ -60,14 +62,19 @@ class OrthogonalUpdates(pl.Callback):
         trainer = L.Trainer(callbacks=[QATCallback(recipes.seq2()), OrthogonalUpdates(), Distillation()])
     """
 
-    def __init__(self, rate: float = 1.0, *, momentum: float = 0.9, match: str = "*", recomputed: bool = False) -> None:
-        if not isinstance(rate, int | float) or not 0 < rate < float("inf"):
-            raise ValueError(f"OrthogonalUpdates: rate={rate!r} is not allowed; choose a positive factor, default 1.0")
+    def __init__(
+        self, rate: float | None = None, *, momentum: float = 0.9, match: str = "*", recomputed: bool = False
+    ) -> None:
+        if rate is not None and (not isinstance(rate, int | float) or not 0 < rate < float("inf")):
+            raise ValueError(
+                f"OrthogonalUpdates: rate={rate!r} is not allowed; choose a positive factor, or None for the default"
+            )
         if not isinstance(momentum, int | float) or not 0 <= momentum < 1:
             raise ValueError(f"OrthogonalUpdates: momentum={momentum!r} is not allowed; choose a number in [0, 1)")
         if not isinstance(recomputed, bool):
             raise ValueError(f"OrthogonalUpdates: recomputed={recomputed!r} is not allowed; choose True or False")
-        self.rate, self.momentum, self.match, self.recomputed = float(rate), float(momentum), match, recomputed
+        self.rate, self.momentum = None if rate is None else float(rate), float(momentum)
+        self.match, self.recomputed = match, recomputed
         self._weights: dict[Tensor, Slot] = {}
         self._momenta: dict[str, Tensor] = {}
         self._hidden: dict[Tensor, tuple[Tensor | None, float, float]] = {}
@@ -159,8 +166,13 @@ class OrthogonalUpdates(pl.Callback):
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for parameter, (gradient, lr, weight_decay) in self._hidden.items():
             if gradient is not None:
-                self._update(parameter, gradient, lr * self.rate, weight_decay)
+                self._update(parameter, gradient, lr * self._rate(parameter), weight_decay)
         self._show()
+
+    def _rate(self, parameter: Tensor) -> float:
+        if self.rate is not None:
+            return self.rate
+        return 2.0 if self._weights[parameter].quantizer.grid.num_levels == _TERNARY else 1.0
 
     def _update(self, parameter: Tensor, gradient: Tensor, lr: float, weight_decay: float) -> None:
         name = _name(self._weights[parameter])

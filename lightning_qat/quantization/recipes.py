@@ -34,6 +34,7 @@ __all__ = [
     "piq3",
     "seq2",
     "ternary",
+    "ternary_a8",
     "w4a8",
     "w8a8",
 ]
@@ -114,6 +115,18 @@ def w4a8(group_size: int | None = None, scale_dtype: str = "float32") -> Recipe:
     return Recipe((Rule("*", LayerSpec(weight, _int8_tokens()), source="w4a8"),))
 
 
+def ternary_a8(group_size: int | None = None, scale_dtype: str = "float32") -> Recipe:
+    """Ternary weights with learned scale, 8-bit absmax inputs per token (convolutions: per sample), straight-through.
+
+    What :func:`bitnet` computes with, but for its one scale per weight, which a model that was trained in float misses:
+    the figures of both are in ``benchmarks/README.md``.
+
+    Source: arXiv:2402.17764 for grid and inputs, LSQ, arXiv:1902.08153, for the scale.
+    """
+    weight = QuantizerSpec(Ternary(), _granularity(group_size), scale_dtype=scale_dtype)
+    return Recipe((Rule("*", LayerSpec(weight, _int8_tokens()), source="ternary_a8"),))
+
+
 def _bitnet(name: str, grid: Grid, transforms: tuple[Transform, ...], normalize: Transform | None) -> Recipe:
     weight = QuantizerSpec(grid, PerTensor(), AbsMean(), StraightThrough())
     layer = LayerSpec(weight, _int8_tokens(), transforms)
@@ -186,6 +199,7 @@ _NAMED: Final[dict[str, Callable[..., Recipe]]] = {
     "piq3": piq3,
     "seq2": seq2,
     "ternary": ternary,
+    "ternary_a8": ternary_a8,
     "w4a8": w4a8,
     "w8a8": w8a8,
 }

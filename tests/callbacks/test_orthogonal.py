@@ -70,6 +70,18 @@ def test_steps_are_those_of_a_loop_by_hand(momentum: float, rate: float, clip: f
         torch.testing.assert_close(model.get_parameter(name), value, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("width", "rate"), [("ternary", 2.0), ("binary", 1.0), ("seq2", 1.0), ("int3", 1.0)])
+def test_ternary_weights_move_twice_as_much(width: str, rate: float) -> None:
+    def run(rate: float | None) -> dict[str, Tensor]:
+        model = Net()
+        fit(model, QATCallback(recipes.named(width)), OrthogonalUpdates(rate))
+        return state(model)
+
+    default, given, other = run(None), run(rate), run(3.0 - rate)
+    assert all(torch.equal(default[name], given[name]) for name in given)
+    assert not torch.equal(default["first.weight"], other["first.weight"])
+
+
 class Watching(Net):
     """Notes after each step which parameters have a gradient, and what the optimizer remembers of which."""
 
@@ -212,7 +224,7 @@ def test_clear_errors() -> None:
         )
     with pytest.raises(ValueError, match="list it before OscillationFreezing"):
         fit(Net(), QATCallback(recipes.int4()), OscillationFreezing(), OrthogonalUpdates())
-    assert repr(OrthogonalUpdates()) == "OrthogonalUpdates(1.0, momentum=0.9, match='*', recomputed=False)"
+    assert repr(OrthogonalUpdates()) == "OrthogonalUpdates(None, momentum=0.9, match='*', recomputed=False)"
 
 
 def test_a_step_that_fails_gives_gradients_back() -> None:

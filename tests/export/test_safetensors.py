@@ -108,7 +108,7 @@ def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
 
 BITS = {
     "int8": 8, "int4": 4, "int3": 3, "int2": 2, "seq2": 2, "piq3": 3, "piq2": 2, "ternary": 1.6, "binary": 1,
-    "w8a8": 8, "w4a8": 4, "bitnet": 1.6, "bitnet1": 1,
+    "w8a8": 8, "w4a8": 4, "ternary_a8": 1.6, "bitnet": 1.6, "bitnet1": 1,
 }  # fmt: skip
 
 

@@ -34,6 +34,7 @@ LEVELS = {
     "int3": 8,
     "int2": 4,
     "ternary": 3,
+    "ternary_a8": 3,
     "binary": 2,
     "w8a8": 256,
     "w4a8": 16,
@@ -43,7 +44,7 @@ LEVELS = {
     "piq2": 4,
     "seq2": 4,
 }
-WITH_INPUTS = {"w8a8", "w4a8", "bitnet", "bitnet1"}
+WITH_INPUTS = {"w8a8", "w4a8", "ternary_a8", "bitnet", "bitnet1"}
 GROUPED = [name for name in LEVELS if not name.startswith("bitnet")]
 
 
