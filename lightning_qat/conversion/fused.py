@@ -38,6 +38,7 @@ from lightning_qat.quantization.quantizer import FakeQuantizer
 ARITHMETIC: Final = "_arithmetic"
 """Where a prepared module keeps how its products are to be computed: auto, simulated or integer."""
 
+_WEIGHT_QUANTIZER: Final = "weight" + QUANTIZER_SUFFIX
 _WORTHWHILE: Final = 1 << 14  # elements of a weight from which on integer products are considered
 
 
@@ -48,7 +49,7 @@ def forward(self: nn.Module, input: Tensor) -> Tensor:
     if torch.compiler.is_exporting() or dtype is None or not _ready(self, own_input):
         return _unfused(self, input, own_input)
     integer = own_input and runs_on_integers(self, input.device.type, dtype)
-    if not integer and (_watched(self) or not torch.is_grad_enabled()):
+    if not integer and (not torch.is_grad_enabled() or _watched(self)):
         return _unfused(self, input, own_input)
     return _fused(self, input, dtype, own_input=own_input, integer=integer)
 
@@ -106,8 +107,11 @@ def product_dtype(module: nn.Module, x: Tensor) -> torch.dtype | None:
 
 
 def _quantizers(module: nn.Module) -> list[FakeQuantizer]:
-    present = module._modules.get("weight" + QUANTIZER_SUFFIX), module._modules.get(INPUT_QUANTIZER)
-    return [quantizer for quantizer in present if isinstance(quantizer, FakeQuantizer)]
+    modules = module._modules
+    weight, input_ = modules.get(_WEIGHT_QUANTIZER), modules.get(INPUT_QUANTIZER)
+    if input_ is None and isinstance(weight, FakeQuantizer):  # most often
+        return [weight]
+    return [quantizer for quantizer in (weight, input_) if isinstance(quantizer, FakeQuantizer)]
 
 
 def _ready(module: nn.Module, own_input: bool) -> bool:
@@ -115,16 +119,19 @@ def _ready(module: nn.Module, own_input: bool) -> bool:
     parameter = module._parameters.get("weight")
     if parameter is not None and is_sharded(parameter):
         return False
-    return all(
-        quantizer.enabled and quantizer.observer is None and not quantizer.stale and not quantizer.softened
-        for quantizer in _quantizers(module)
-        if own_input or not quantizer.layout.is_input
-    )
+    for quantizer in _quantizers(module):  # a loop: what all() takes would be one more function
+        only_quantizes = quantizer.enabled and quantizer.observer is None and not quantizer.stale
+        if (own_input or not quantizer.layout.is_input) and (not only_quantizes or quantizer.softened):
+            return False
+    return True
 
 
 def _watched(module: nn.Module) -> bool:
     """Whether hooks wait for what a quantizer returns."""
-    return any(quantizer._forward_hooks or quantizer._forward_pre_hooks for quantizer in _quantizers(module))
+    for quantizer in _quantizers(module):  # noqa: SIM110 - what any() takes would be one more function
+        if quantizer._forward_hooks or quantizer._forward_pre_hooks:
+            return True
+    return False
 
 
 def runs_on_integers(module: nn.Module, device: str, dtype: torch.dtype) -> bool:

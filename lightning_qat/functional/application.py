@@ -20,12 +20,17 @@ def _in_one(function: type[Function]) -> type[Function]:
     return type(function.__name__, (function,), {"__module__": function.__module__, **namespace})
 
 
+def transformed_or_compiled() -> bool:
+    """Whether a function of autograd is traced, by a compiler or by transforms of ``torch.func``."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
 def applied(function: type[Function], *arguments: Any) -> Any:
     """Return ``function.apply(*arguments)`` of a function that has ``setup_context``, all arguments given.
 
     ``apply`` binds the arguments to the signature of such a forward anew in each call, which takes longer than all else
     that a small layer does in Python. Where transforms of ``torch.func`` or a compiler need that form, they get it.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if transformed_or_compiled():
         return function.apply(*arguments)
     return _in_one(function).apply(*arguments)

@@ -125,6 +125,11 @@ class FakeQuantizer(nn.Module):
         """Whether the forward returns values between levels now."""
         return self.softness is not None and self.training
 
+    @property
+    def _ends(self) -> tuple[float, float] | None:
+        """Return the bounds as numbers; a compiler gets tensors alone, or it would compile anew for other bits."""
+        return None if torch.compiler.is_compiling() else self.grid.bounds
+
     def _bounds(self) -> Bounds:
         return Bounds(self.family, self.lo, self.hi, self.spec.torch_scale_dtype)
 
@@ -144,8 +149,9 @@ class FakeQuantizer(nn.Module):
             # rounded: weight averaging of a constant is off by a few units in the last place
             zero_point = None if self.zero_point is None else torch.round(self.zero_point)
         else:
-            wide = sample.values if sample.values.dtype == torch.float64 else sample.values.float()
-            scale, zero_point = self.spec.scale.find(Sample(wide, sample.dims), self._bounds())
+            if sample.values.dtype not in (torch.float32, torch.float64):
+                sample = Sample(sample.values.float(), sample.dims)
+            scale, zero_point = self.spec.scale.find(sample, self._bounds())
         factor = self.family.step_factor
         return (scale if factor == 1.0 else scale * factor), zero_point
 
@@ -188,7 +194,7 @@ class FakeQuantizer(nn.Module):
         temperature = None if self.temperature is None else bounded_temperature(self.temperature, *TEMPERATURE_RANGE)
         no_nan = not self.stored and tells_no_nan(step, x, self.family.step_factor * scale_floor(self._scale_dtype))
         tensors = step, zero_point, temperature, self.lo, self.hi
-        return grouped, Setting(*tensors, self.family, self.spec.gradient, self.learned, no_nan)
+        return grouped, Setting(*tensors, self.family, self.spec.gradient, self.learned, no_nan, self._ends)
 
     def _connected(self, x: Tensor) -> Tensor:
         """Keep parameters in the graph while disabled: DDP waits for the gradient of every parameter."""
