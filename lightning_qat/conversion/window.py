@@ -95,11 +95,11 @@ def setting_in_window(
         integer: whether the product runs on integers.
         dtype: of the product.
     """
-    if torch.compiler.is_compiling() or not (quantizer.training and torch.is_grad_enabled()):
+    if torch.compiler.is_compiling():  # before any look at a window, or opening one would compile anew
         return *quantizer.setting(value), None
     window = quantizer.window
-    if window is None:
-        return *quantizer.setting(value), None
+    if window is None or not (quantizer.training and torch.is_grad_enabled()):
+        return *quantizer.detached_setting(value), None
     if not isinstance(latent, nn.Parameter) or torch._C._are_functorch_transforms_active():
         return *quantizer.setting(value), None  # weight_norm and pruning: computed anew in each forward
     found = window.get(quantizer, latent, (integer, dtype))

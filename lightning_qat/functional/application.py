@@ -1,10 +1,12 @@
 """Calling functions of autograd without what ``Function.apply`` spends on looking at signatures."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 
 @functools.cache
@@ -18,6 +20,17 @@ def _in_one(function: type[Function]) -> type[Function]:
 
     namespace = {"forward": staticmethod(forward), "setup_context": staticmethod(Function.setup_context)}
     return type(function.__name__, (function,), {"__module__": function.__module__, **namespace})
+
+
+def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``once_differentiable(backward)``, without its context of no_grad where there is none to leave."""
+    careful = once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *grads: Any) -> Any:
+        return careful(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
+
+    return run
 
 
 def transformed_or_compiled() -> bool:

@@ -1,5 +1,6 @@
 """The one place that computes codes and fake-quantized values, and their gradients."""
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from lightning_qat.functional.application import applied
+from lightning_qat.functional.bounded import attached_scale
 from lightning_qat.functional.gradients import number
 from lightning_qat.functional.kernels import run, wanted
 from lightning_qat.functional.points import GradientRule, Point, Rounding
@@ -110,6 +112,15 @@ class Setting:
     ends: tuple[float, float] | None = None
     """Both bounds as numbers, in eager mode: to read them from tensors takes longer."""
 
+    parameter: Tensor | None = None
+    """Where the gradient of a scale goes that was learned, but is out of the graph."""
+
+    def attached(self) -> "Setting":
+        """Return the same with a learned scale in the graph."""
+        if self.parameter is None:
+            return self
+        return replace(self, scale=attached_scale(self.parameter, self.scale), parameter=None)
+
     @property
     def needs_input(self) -> bool:
         """Whether the gradients depend on x."""
@@ -190,20 +201,25 @@ class Setting:
         if wanted(x, _WORTHWHILE):
             return run(_gradients, (needs, *self._key(x)), grad, x, needs, *self._fields)
         out = torch.empty_like(x) if needs[0] else None
-        sums = torch.zeros_like(self.scale) if needs[1] and self.learned else None
+        sums: Tensor | None = None
         total = torch.zeros_like(self.temperature) if needs[2] and self.temperature is not None else None
         scratch = Scratch()
         for part, rows in self.parts(x):
             scratch.begin(shared=rows is not ...)
-            wide, point = _wide(grad[rows]), part._point(x[rows], scratch)
+            wide, point = _wide(_taken(grad, rows)), part._point(_taken(x, rows), scratch)
             if out is not None:
-                self._input_gradient(wide, point, out[rows])
+                self._input_gradient(wide, point, _taken(out, rows))
             if total is not None:
                 total.add_((self.rule.temperature_gradient(wide, point) * part.scale).sum())
-            if sums is not None:
+            if needs[1] and self.learned:
                 room = scratch.take(point.u, point.u)
                 summands = lsq_summands(wide, point, part.zero_point, out=point.q, room=room)
-                (sums[rows] if part.scale.shape != sums.shape else sums).add_(summands.sum_to_size(part.scale.shape))
+                found = cast(summands.sum_to_size(part.scale.shape), self.scale.dtype)
+                if rows is not ...:
+                    sums = torch.zeros_like(self.scale) if sums is None else sums
+                    (sums[rows] if found.shape != sums.shape else sums).add_(found)
+                else:
+                    sums = found
         return out, self._divided(sums, x, self.scale.numel()), self._divided(total, x, 1)
 
     def _input_gradient(self, grad: Tensor, point: Point, out: Tensor) -> None:
@@ -215,17 +231,20 @@ class Setting:
 
     def _divided(self, total: Tensor | None, x: Tensor, num_sharing: int) -> Tensor | None:
         r"""Return a sum of gradients divided by :math:`\sqrt{N hi}`; N elements share a parameter."""
-        # an empty batch has a gradient of zero, not 0 / 0
-        return None if total is None else total / torch.sqrt(max(1, x.numel() // max(1, num_sharing)) * self.hi)
+        if total is None:
+            return None
+        sharing = max(1, x.numel() // max(1, num_sharing))  # an empty batch has a gradient of zero, not 0 / 0
+        return total / (torch.sqrt(sharing * self.hi) if self.ends is None else _root(sharing, self.ends[1]))
 
     def _point(self, x: Tensor, scratch: Scratch) -> Point:
         wide = _wide(x)
         u = _units(wide, self.scale, out=scratch.take(wide, self.scale))
         copied = scratch.take(u, u)
         q = u.clone() if copied is None else copied.copy_(u)
-        q = _levels_(q, self.zero_point, lo=self.lo, hi=self.hi, rounding=self.rounding)
+        lo, hi = self.ends or (self.lo, self.hi)
+        q = _levels_(q, self.zero_point, lo=lo, hi=hi, rounding=self.rounding)
         u = u if self.zero_point is None else u.add_(self.zero_point)
-        return Point(wide, u, q, self.scale, self.lo, self.hi, self.rounding, self.temperature)
+        return Point(wide, u, q, self.scale, lo, hi, self.rounding, self.temperature)
 
     def parts(self, x: Tensor) -> Iterator[tuple["Setting", Any]]:
         """Split along the first dimension where temporaries of the whole size would be slow: on CPU, in eager mode."""
@@ -242,6 +261,16 @@ class Setting:
             rows = slice(start, start + num_rows)
             zero_point = self.zero_point[rows] if split and self.zero_point is not None else self.zero_point
             yield rows, (self.scale[rows] if split else self.scale), zero_point
+
+
+def _taken(x: Tensor, rows: Any) -> Tensor:
+    return x if rows is ... else x[rows]
+
+
+@functools.cache
+def _root(sharing: int, hi: float) -> float:
+    """Return the number that operations on tensors would give."""
+    return float(torch.sqrt(sharing * torch.tensor(hi, dtype=torch.float32)))
 
 
 def _values(x: Tensor, *fields: Any) -> Tensor:

@@ -12,7 +12,7 @@ from lightning_qat.functional.application import applied, transformed_or_compile
 from lightning_qat.functional.fake_quantize import Setting, cast
 from lightning_qat.functional.integer import scaled_product
 from lightning_qat.functional.points import GradientRule, Rounding
-from lightning_qat.functional.weight_only_linear import WeightOnlyLinear, product_weight, weight_gradient
+from lightning_qat.functional.weight_only_linear import WeightOnlyLinear, fits, product_weight, weight_gradient
 
 
 @dataclass(frozen=True)
@@ -144,8 +144,9 @@ def fused_linear(
         dtype: dtype of the products and of the result; None takes that of x.
         known: what :func:`quantized_weight` returns for the same arguments, computed before; it is kept for backward.
     """
-    if of_input is None and not (of_weight.learned or of_weight.temperature is not None or transformed_or_compiled()):
-        return WeightOnlyLinear.apply(x, weight, bias, of_weight, dtype or x.dtype, known)
+    if of_input is None and fits(of_weight) and not transformed_or_compiled():
+        return WeightOnlyLinear.apply(x, weight, bias, of_weight.parameter, of_weight, dtype or x.dtype, known)
+    of_weight = of_weight.attached()
     plan = Plan(
         Pieces.of(of_weight), None if of_input is None else Pieces.of(of_input),
         grouped_input, integer, dtype or x.dtype,

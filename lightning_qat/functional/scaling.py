@@ -98,10 +98,11 @@ def range_to_scale(
         hi: its largest level.
         dtype: storage dtype of the scale.
     """
-    largest, lo, hi = torch.finfo(minimum.dtype).max / 256, number(lo), number(hi)
+    largest, lo = torch.finfo(minimum.dtype).max / 256, number(lo)
     if grid.symmetric:
         amax = torch.maximum(-minimum, maximum)
         return finish_scale(grid.absmax_scale(amax, lo, hi), dtype, largest=largest), None
+    hi = number(hi)
     minimum, maximum = torch.nan_to_num(minimum.clamp(max=0)), torch.nan_to_num(maximum.clamp(min=0))
     scale = finish_scale(maximum / (hi - lo) - minimum / (hi - lo), dtype, largest=largest)
     return scale, torch.round(lo - minimum / scale).clamp(lo, hi)  # type: ignore[arg-type]

@@ -5,13 +5,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from lightning_qat.functional.application import differentiable_once
+from lightning_qat.functional.bounded import magnitude_gradient
 from lightning_qat.functional.fake_quantize import Setting, cast
 
 
 class WeightOnlyLinear(torch.autograd.Function):
-    """What the fused linear function computes, of a weight whose quantization has nothing to learn.
+    """What the fused linear function computes, of a weight whose setting :func:`fits`.
 
     Not only operations count: after a product of matrices has emptied the caches, a line of Python takes microseconds.
     So all that is no tensor of the graph comes in one object, which stays with the context, and nothing is looked up.
@@ -19,29 +20,36 @@ class WeightOnlyLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, setting: Setting, dtype: torch.dtype,
-        known: Tensor | None,
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, parameter: Tensor | None, setting: Setting,
+        dtype: torch.dtype, known: Tensor | None,
     ) -> Tensor:  # fmt: skip
         ctx.setting, ctx.x_dtype, ctx.bias_dtype = setting, x.dtype, None if bias is None else bias.dtype
-        ctx.save_for_backward(x, weight, setting.scale, known)  # the scale for those who count or check what is kept
+        ctx.save_for_backward(x, weight, known, parameter, setting.scale)  # the scale for those who count what is kept
         values = product_weight(setting, weight, dtype) if known is None else known
         return F.linear(x, values, None if bias is None else cast(bias, dtype))
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, _, known = ctx.saved_tensors
+        setting, (x, weight, known, parameter, _) = ctx.setting, ctx.saved_tensors
         needs, rows = ctx.needs_input_grad, grad if grad.dim() == 2 else grad.reshape(-1, grad.shape[-1])
-        grad_x = grad_weight = grad_bias = None
+        grad_x = grad_weight = grad_bias = grad_scale = None
         if needs[0]:
-            grad_x = cast(grad @ (product_weight(ctx.setting, weight, grad.dtype) if known is None else known), ctx.x_dtype)
-        if needs[1]:
+            grad_x = cast(grad @ (product_weight(setting, weight, grad.dtype) if known is None else known), ctx.x_dtype)
+        if needs[1] or needs[3]:
             grad_weight = weight_gradient(rows, x, weight)
-            if ctx.setting.needs_input:
-                grad_weight = ctx.setting.gradients(grad_weight, weight, (True, False, False))[0]
+            if setting.needs_input:
+                grad_weight, grad_scale, _ = setting.gradients(grad_weight, weight, (needs[1], needs[3], False))
+            if grad_scale is not None:
+                grad_scale = magnitude_gradient(parameter, grad_scale)
         if needs[2]:
             grad_bias = cast(rows.sum(0), ctx.bias_dtype)
-        return grad_x, grad_weight, grad_bias, None, None, None
+        return grad_x, grad_weight, grad_bias, grad_scale, None, None, None
+
+
+def fits(setting: Setting) -> bool:
+    """Whether nothing of a setting is in the graph, but for the parameter of a learned scale."""
+    return setting.temperature is None and (setting.parameter is not None or not setting.learned)
 
 
 def product_weight(setting: Setting, weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_qat.functional.bounded import (
     bounded_temperature,
+    detached_scale,
     finish_scale,
     positive_scale,
     scale_floor,
@@ -146,14 +147,17 @@ class FakeQuantizer(nn.Module):
         if self.stored:
             scale = self.scale
             scale = positive_scale(scale, self.spec.torch_scale_dtype) if self.learned else scale
-            # rounded: weight averaging of a constant is off by a few units in the last place
-            zero_point = None if self.zero_point is None else torch.round(self.zero_point)
+            zero_point = self._stored_zero_point()
         else:
             if sample.values.dtype not in (torch.float32, torch.float64):
                 sample = Sample(sample.values.float(), sample.dims)
             scale, zero_point = self.spec.scale.find(sample, self._bounds())
         factor = self.family.step_factor
         return (scale if factor == 1.0 else scale * factor), zero_point
+
+    def _stored_zero_point(self) -> Tensor | None:
+        # rounded: weight averaging of a constant is off by a few units in the last place
+        return None if self.zero_point is None else torch.round(self.zero_point)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x fake-quantized, in its dtype; while observing or disabled, x itself."""
@@ -189,12 +193,23 @@ class FakeQuantizer(nn.Module):
             x: weight or input.
             known: step and zero point of the same x where they were found before; stored ones are read anyway.
         """
+        grouped, setting = self.detached_setting(x, known)
+        return grouped, setting.attached()
+
+    def detached_setting(
+        self, x: Tensor, known: tuple[Tensor, Tensor | None] | None = None
+    ) -> tuple[Tensor, Setting]:  # fmt: skip
+        """Return what :meth:`setting` does; a learned scale may be out of the graph, with its parameter beside it."""
         grouped, sample = self._sample(x)
-        step, zero_point = self.step_and_zero_point(sample) if known is None or self.stored else known
+        parameter = self.scale if self.learned and self.family.step_factor == 1.0 else None
+        if parameter is not None:
+            step, zero_point = detached_scale(parameter, self._scale_dtype), self._stored_zero_point()
+        else:
+            step, zero_point = self.step_and_zero_point(sample) if known is None or self.stored else known
         temperature = None if self.temperature is None else bounded_temperature(self.temperature, *TEMPERATURE_RANGE)
         no_nan = not self.stored and tells_no_nan(step, x, self.family.step_factor * scale_floor(self._scale_dtype))
         tensors = step, zero_point, temperature, self.lo, self.hi
-        return grouped, Setting(*tensors, self.family, self.spec.gradient, self.learned, no_nan, self._ends)
+        return grouped, Setting(*tensors, self.family, self.spec.gradient, self.learned, no_nan, self._ends, parameter)
 
     def _connected(self, x: Tensor) -> Tensor:
         """Keep parameters in the graph while disabled: DDP waits for the gradient of every parameter."""
