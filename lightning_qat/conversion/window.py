@@ -106,11 +106,11 @@ def setting_in_window(
     if found is not None and not quantizer.has_parameters:
         return quantizer.grouped(value), found.setting, found.values
     known = None if found is None else (found.setting.scale, found.setting.zero_point)
-    weight, setting = quantizer.setting(value, known)
+    weight, setting = quantizer.detached_setting(value, known)
     if found is None:
         with torch.no_grad():
             values = quantized_weight(weight, setting, integer=integer, dtype=dtype)
-        kept = replace(setting, scale=setting.scale.detach(), temperature=None)
+        kept = replace(setting, scale=setting.scale.detach(), temperature=None, parameter=None)
         found = Quantized(latent, (integer, dtype), kept, values)
         window.keep(quantizer, found)
     return weight, setting, found.values

@@ -1,6 +1,5 @@
 """The one place that computes codes and fake-quantized values, and their gradients."""
 
-import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from lightning_qat.functional.application import applied
 from lightning_qat.functional.bounded import attached_scale
 from lightning_qat.functional.gradients import number
 from lightning_qat.functional.kernels import run, wanted
+from lightning_qat.functional.learned_scale import lsq_divisor, lsq_summands
 from lightning_qat.functional.points import GradientRule, Point, Rounding
 from lightning_qat.functional.scratch import Scratch
 
@@ -229,12 +229,10 @@ class Setting:
         inner = self.rule.input_gradient(grad, point)
         out.copy_(point.clip(inner) if self.learned else inner)
 
-    def _divided(self, total: Tensor | None, x: Tensor, num_sharing: int) -> Tensor | None:
-        r"""Return a sum of gradients divided by :math:`\sqrt{N hi}`; N elements share a parameter."""
-        if total is None:
-            return None
-        sharing = max(1, x.numel() // max(1, num_sharing))  # an empty batch has a gradient of zero, not 0 / 0
-        return total / (torch.sqrt(sharing * self.hi) if self.ends is None else _root(sharing, self.ends[1]))
+    def _divided(self, total: Tensor | None, x: Tensor, num_scales: int) -> Tensor | None:
+        """Return a sum of gradients divided as that of learned scales is."""
+        hi = self.hi if self.ends is None else self.ends[1]
+        return None if total is None else total / lsq_divisor(x.numel(), num_scales, hi)
 
     def _point(self, x: Tensor, scratch: Scratch) -> Point:
         wide = _wide(x)
@@ -265,12 +263,6 @@ class Setting:
 
 def _taken(x: Tensor, rows: Any) -> Tensor:
     return x if rows is ... else x[rows]
-
-
-@functools.cache
-def _root(sharing: int, hi: float) -> float:
-    """Return the number that operations on tensors would give."""
-    return float(torch.sqrt(sharing * torch.tensor(hi, dtype=torch.float32)))
 
 
 def _values(x: Tensor, *fields: Any) -> Tensor:
@@ -311,27 +303,6 @@ class _FakeQuantize(torch.autograd.Function):
         setting = Setting(scale, zero_point, temperature, lo, hi, ctx.rounding, ctx.rule, ctx.learned)
         grad_x, grad_scale, grad_temperature = setting.not_before(grad).gradients(grad, x, needs)
         return (grad_x, grad_scale, None, grad_temperature, *(None,) * 6)
-
-
-def lsq_summands(
-    grad: Tensor, point: Point, zero_point: Tensor | None, *, out: Tensor | None = None, room: Tensor | None = None
-) -> Tensor:  # fmt: skip
-    """Return the summands of :func:`lsq_scale_gradient`, in ``out`` or a fresh tensor; ``room`` is overwritten."""
-    if zero_point is None:
-        return torch.sub(point.q, point.clip(point.u, out=room), out=out).mul_(grad)
-    return torch.sub(point.q - zero_point, point.clip(point.u - zero_point, out=room), out=out).mul_(grad)
-
-
-def lsq_scale_gradient(grad: Tensor, point: Point, zero_point: Tensor | None) -> Tensor:
-    r"""Return the gradient of a learned scale, :math:`\sum g (q - u) / \sqrt{N hi}` inside the clip range.
-
-    Outside, the summand is :math:`g (q - z)`; N is the number of elements that share the scale.
-
-    Source: LSQ, arXiv:1902.08153 eq. 3 and section 2.2; with a zero point as in LSQ+, arXiv:2004.09576.
-    """
-    total = lsq_summands(grad, point, zero_point).sum_to_size(point.step.shape)
-    sharing = max(1, grad.numel() // max(1, point.step.numel()))  # an empty batch has a gradient of zero, not 0 / 0
-    return total / torch.sqrt(sharing * point.hi)
 
 
 def fake_quantize(

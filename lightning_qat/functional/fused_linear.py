@@ -12,7 +12,7 @@ from lightning_qat.functional.application import applied, transformed_or_compile
 from lightning_qat.functional.fake_quantize import Setting, cast
 from lightning_qat.functional.integer import scaled_product
 from lightning_qat.functional.points import GradientRule, Rounding
-from lightning_qat.functional.weight_only_linear import WeightOnlyLinear, fits, product_weight, weight_gradient
+from lightning_qat.functional.weight_only_linear import fits, product_weight, weight_gradient, weight_only_linear
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def fused_linear(
         known: what :func:`quantized_weight` returns for the same arguments, computed before; it is kept for backward.
     """
     if of_input is None and fits(of_weight) and not transformed_or_compiled():
-        return WeightOnlyLinear.apply(x, weight, bias, of_weight.parameter, of_weight, dtype or x.dtype, known)
+        return weight_only_linear(x, weight, bias, of_weight, dtype or x.dtype, known)
     of_weight = of_weight.attached()
     plan = Plan(
         Pieces.of(of_weight), None if of_input is None else Pieces.of(of_input),

@@ -76,6 +76,11 @@ class Sample:
             return zero, zero
         return self.values.amin(self.dims, keepdim=True), self.values.amax(self.dims, keepdim=True)
 
+    def finite(self) -> "Sample":
+        """Return the values alone in float32 or float64, zero where they are not finite."""
+        wide = self.values if self.values.dtype == torch.float64 else self.values.float()
+        return Sample(torch.nan_to_num(wide, posinf=0.0, neginf=0.0), self.dims)
+
     def mean(self) -> Tensor:
         """Return the mean absolute value of each group."""
         if self.counts is None:

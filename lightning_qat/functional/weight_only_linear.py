@@ -11,7 +11,7 @@ from lightning_qat.functional.bounded import magnitude_gradient
 from lightning_qat.functional.fake_quantize import Setting, cast
 
 
-class WeightOnlyLinear(torch.autograd.Function):
+class _WeightOnlyLinear(torch.autograd.Function):
     """What the fused linear function computes, of a weight whose setting :func:`fits`.
 
     Not only operations count: after a product of matrices has emptied the caches, a line of Python takes microseconds.
@@ -45,6 +45,24 @@ class WeightOnlyLinear(torch.autograd.Function):
         if needs[2]:
             grad_bias = cast(rows.sum(0), ctx.bias_dtype)
         return grad_x, grad_weight, grad_bias, grad_scale, None, None, None
+
+
+def weight_only_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, setting: Setting, dtype: torch.dtype, known: Tensor | None
+) -> Tensor:  # fmt: skip
+    """Return what :func:`~lightning_qat.functional.fused_linear.fused_linear` does without quantized input.
+
+    Args:
+        x: [..., features].
+        weight: latent weight, [outputs, features] or [outputs, groups, size].
+        bias: [outputs] or None.
+        setting: quantization of the weight, which :func:`fits`.
+        dtype: dtype of the product.
+        known: the quantized weight, or None.
+    """
+    apply: Any = _WeightOnlyLinear.apply
+    y: Tensor = apply(x, weight, bias, setting.parameter, setting, dtype, known)
+    return y
 
 
 def fits(setting: Setting) -> bool:
