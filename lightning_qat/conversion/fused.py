@@ -122,7 +122,7 @@ def _ready(module: nn.Module, quantizers: list[FakeQuantizer], own_input: bool) 
         return False
     for quantizer in quantizers:  # a loop: what all() takes would be one more function
         only_quantizes = quantizer.enabled and quantizer.observer is None and not quantizer.stale
-        if (own_input or not quantizer.layout.is_input) and (not only_quantizes or quantizer.softened):
+        if (not only_quantizes or quantizer.softened) and (own_input or not quantizer.layout.is_input):
             return False
     return True
 
