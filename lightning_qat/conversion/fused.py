@@ -38,6 +38,7 @@ from lightning_qat.quantization.quantizer import FakeQuantizer
 ARITHMETIC: Final = "_arithmetic"
 """Where a prepared module keeps how its products are to be computed: auto, simulated or integer."""
 
+_WEIGHT_QUANTIZER: Final = "weight" + QUANTIZER_SUFFIX
 _WORTHWHILE: Final = 1 << 14  # elements of a weight from which on integer products are considered
 
 
@@ -45,10 +46,11 @@ def forward(self: nn.Module, input: Tensor) -> Tensor:
     """Return what ``nn.Linear.forward`` returns for the quantized weight and input, as one function of autograd."""
     own_input = in_forward(self)
     dtype = product_dtype(self, input)
-    if torch.compiler.is_exporting() or dtype is None or not _ready(self, own_input):
+    quantizers = _quantizers(self)
+    if torch.compiler.is_exporting() or dtype is None or not _ready(self, quantizers, own_input):
         return _unfused(self, input, own_input)
     integer = own_input and runs_on_integers(self, input.device.type, dtype)
-    if not integer and (_watched(self) or not torch.is_grad_enabled()):
+    if not integer and (not torch.is_grad_enabled() or _watched(quantizers)):
         return _unfused(self, input, own_input)
     return _fused(self, input, dtype, own_input=own_input, integer=integer)
 
@@ -66,7 +68,7 @@ def _fused(module: Any, x: Tensor, dtype: torch.dtype, *, own_input: bool, integ
     quantizer = module._modules.get(INPUT_QUANTIZER)
     if quantizer is None:
         return linear(cast(x, dtype), weight, module.bias, of_weight)
-    if _watched(module):  # hooks see the values, and the product stays what it is
+    if _watched(_quantizers(module)):  # hooks see the values, and the product stays what it is
         module.weight, quantizer(x)
     x, of_input = quantizer.setting(x)
     grouped = isinstance(quantizer.spec.granularity, PerGroup)
@@ -106,25 +108,31 @@ def product_dtype(module: nn.Module, x: Tensor) -> torch.dtype | None:
 
 
 def _quantizers(module: nn.Module) -> list[FakeQuantizer]:
-    present = module._modules.get("weight" + QUANTIZER_SUFFIX), module._modules.get(INPUT_QUANTIZER)
-    return [quantizer for quantizer in present if isinstance(quantizer, FakeQuantizer)]
+    modules = module._modules
+    weight, input_ = modules.get(_WEIGHT_QUANTIZER), modules.get(INPUT_QUANTIZER)
+    if input_ is None and isinstance(weight, FakeQuantizer):  # most often
+        return [weight]
+    return [quantizer for quantizer in (weight, input_) if isinstance(quantizer, FakeQuantizer)]
 
 
-def _ready(module: nn.Module, own_input: bool) -> bool:
+def _ready(module: nn.Module, quantizers: list[FakeQuantizer], own_input: bool) -> bool:
     """Whether the quantizers do nothing else than quantize, and the weight is all there."""
     parameter = module._parameters.get("weight")
     if parameter is not None and is_sharded(parameter):
         return False
-    return all(
-        quantizer.enabled and quantizer.observer is None and not quantizer.stale and not quantizer.softened
-        for quantizer in _quantizers(module)
-        if own_input or not quantizer.layout.is_input
-    )
+    for quantizer in quantizers:  # a loop: what all() takes would be one more function
+        only_quantizes = quantizer.enabled and quantizer.observer is None and not quantizer.stale
+        if (not only_quantizes or quantizer.softened) and (own_input or not quantizer.layout.is_input):
+            return False
+    return True
 
 
-def _watched(module: nn.Module) -> bool:
+def _watched(quantizers: list[FakeQuantizer]) -> bool:
     """Whether hooks wait for what a quantizer returns."""
-    return any(quantizer._forward_hooks or quantizer._forward_pre_hooks for quantizer in _quantizers(module))
+    for quantizer in quantizers:  # noqa: SIM110 - what any() takes would be one more function
+        if quantizer._forward_hooks or quantizer._forward_pre_hooks:
+            return True
+    return False
 
 
 def runs_on_integers(module: nn.Module, device: str, dtype: torch.dtype) -> bool:

@@ -24,10 +24,10 @@ def in_forward(module: nn.Module) -> bool:
 
     Not where a hook of the user's own comes after ours, or where somebody replaced the forward of the module.
     """
-    hooks = [*module._forward_pre_hooks.values()]
-    return (
-        bool(hooks) and hooks[-1] is quantize_inputs and hasattr(type(module), FUSED) and "forward" not in vars(module)
-    )
+    if not module._forward_pre_hooks:
+        return False
+    last = [*module._forward_pre_hooks.values()][-1]
+    return last is quantize_inputs and hasattr(type(module), FUSED) and "forward" not in vars(module)
 
 
 def on_inputs(

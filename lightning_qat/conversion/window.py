@@ -95,22 +95,22 @@ def setting_in_window(
         integer: whether the product runs on integers.
         dtype: of the product.
     """
-    if torch.compiler.is_compiling() or not (quantizer.training and torch.is_grad_enabled()):
+    if torch.compiler.is_compiling():  # before any look at a window, or opening one would compile anew
         return *quantizer.setting(value), None
     window = quantizer.window
-    if window is None:
-        return *quantizer.setting(value), None
+    if window is None or not (quantizer.training and torch.is_grad_enabled()):
+        return *quantizer.detached_setting(value), None
     if not isinstance(latent, nn.Parameter) or torch._C._are_functorch_transforms_active():
         return *quantizer.setting(value), None  # weight_norm and pruning: computed anew in each forward
     found = window.get(quantizer, latent, (integer, dtype))
     if found is not None and not quantizer.has_parameters:
         return quantizer.grouped(value), found.setting, found.values
     known = None if found is None else (found.setting.scale, found.setting.zero_point)
-    weight, setting = quantizer.setting(value, known)
+    weight, setting = quantizer.detached_setting(value, known)
     if found is None:
         with torch.no_grad():
             values = quantized_weight(weight, setting, integer=integer, dtype=dtype)
-        kept = replace(setting, scale=setting.scale.detach(), temperature=None)
+        kept = replace(setting, scale=setting.scale.detach(), temperature=None, parameter=None)
         found = Quantized(latent, (integer, dtype), kept, values)
         window.keep(quantizer, found)
     return weight, setting, found.values

@@ -1,10 +1,12 @@
 """Calling functions of autograd without what ``Function.apply`` spends on looking at signatures."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 
 @functools.cache
@@ -20,12 +22,28 @@ def _in_one(function: type[Function]) -> type[Function]:
     return type(function.__name__, (function,), {"__module__": function.__module__, **namespace})
 
 
+def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``once_differentiable(backward)``, without its context of no_grad where there is none to leave."""
+    careful = once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *grads: Any) -> Any:
+        return careful(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
+
+    return run
+
+
+def transformed_or_compiled() -> bool:
+    """Whether a function of autograd is traced, by a compiler or by transforms of ``torch.func``."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
 def applied(function: type[Function], *arguments: Any) -> Any:
     """Return ``function.apply(*arguments)`` of a function that has ``setup_context``, all arguments given.
 
     ``apply`` binds the arguments to the signature of such a forward anew in each call, which takes longer than all else
     that a small layer does in Python. Where transforms of ``torch.func`` or a compiler need that form, they get it.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if transformed_or_compiled():
         return function.apply(*arguments)
     return _in_one(function).apply(*arguments)

@@ -28,7 +28,12 @@ class _Corrected(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
         (value,) = ctx.saved_tensors
-        return torch.where(value < 0, -grad, grad), None
+        return magnitude_gradient(value, grad), None
+
+
+def magnitude_gradient(value: Tensor, grad: Tensor) -> Tensor:
+    """Return the gradient of a value from that of its corrected magnitude."""
+    return torch.where(value < 0, -grad, grad)
 
 
 def scale_floor(dtype: torch.dtype) -> float:
@@ -77,8 +82,17 @@ def positive_scale(scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     >>> positive_scale(torch.tensor([-0.5, 0.25]))
     tensor([0.5000, 0.2500])
     """
-    corrected = finish_scale(scale.detach().abs(), dtype)
-    found: Tensor = applied(_Corrected, scale, corrected)
+    return attached_scale(scale, detached_scale(scale, dtype))
+
+
+def detached_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what :func:`positive_scale` does, out of the graph."""
+    return finish_scale(scale.detach().abs(), dtype)
+
+
+def attached_scale(scale: Tensor, detached: Tensor) -> Tensor:
+    """Return what :func:`positive_scale` does, given :func:`detached_scale`."""
+    found: Tensor = applied(_Corrected, scale, detached)
     return found
 
 

@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from lightning_qat.functional.application import applied
+from lightning_qat.functional.bounded import attached_scale
 from lightning_qat.functional.gradients import number
 from lightning_qat.functional.kernels import run, wanted
+from lightning_qat.functional.learned_scale import lsq_divisor, lsq_summands
 from lightning_qat.functional.points import GradientRule, Point, Rounding
 from lightning_qat.functional.scratch import Scratch
 
@@ -107,6 +109,17 @@ class Setting:
     learned: bool
     no_nan: bool = False
     """Whether x is known to hold no NaN, so that none is looked for."""
+    ends: tuple[float, float] | None = None
+    """Both bounds as numbers, in eager mode: to read them from tensors takes longer."""
+
+    parameter: Tensor | None = None
+    """Where the gradient of a scale goes that was learned, but is out of the graph."""
+
+    def attached(self) -> "Setting":
+        """Return the same with a learned scale in the graph."""
+        if self.parameter is None:
+            return self
+        return replace(self, scale=attached_scale(self.parameter, self.scale), parameter=None)
 
     @property
     def needs_input(self) -> bool:
@@ -132,6 +145,11 @@ class Setting:
 
     def fake_quantized(self, x: Tensor) -> Tensor:
         """Return what the nearest levels of x stand for, in the dtype of x."""
+        if self.ends is not None and self.zero_point is None and x.dtype == self.scale.dtype and x.numel() <= _PIECE:
+            # What follows below, in fewer calls: after a product of matrices, each takes microseconds.
+            u = torch.div(x, self.scale)
+            u = self.rounding.round_(u if self.no_nan else torch.nan_to_num_(u))
+            return u.clamp_(*self.ends).mul_(self.scale)
         if wanted(x, _LARGE):
             return run(_values, self._key(x), x, *self._fields)
         whole = x.numel() <= _PIECE or x.device.type != "cpu" or torch.compiler.is_compiling()
@@ -183,20 +201,25 @@ class Setting:
         if wanted(x, _WORTHWHILE):
             return run(_gradients, (needs, *self._key(x)), grad, x, needs, *self._fields)
         out = torch.empty_like(x) if needs[0] else None
-        sums = torch.zeros_like(self.scale) if needs[1] and self.learned else None
+        sums: Tensor | None = None
         total = torch.zeros_like(self.temperature) if needs[2] and self.temperature is not None else None
         scratch = Scratch()
         for part, rows in self.parts(x):
             scratch.begin(shared=rows is not ...)
-            wide, point = _wide(grad[rows]), part._point(x[rows], scratch)
+            wide, point = _wide(_taken(grad, rows)), part._point(_taken(x, rows), scratch)
             if out is not None:
-                self._input_gradient(wide, point, out[rows])
+                self._input_gradient(wide, point, _taken(out, rows))
             if total is not None:
                 total.add_((self.rule.temperature_gradient(wide, point) * part.scale).sum())
-            if sums is not None:
+            if needs[1] and self.learned:
                 room = scratch.take(point.u, point.u)
                 summands = lsq_summands(wide, point, part.zero_point, out=point.q, room=room)
-                (sums[rows] if part.scale.shape != sums.shape else sums).add_(summands.sum_to_size(part.scale.shape))
+                found = cast(summands.sum_to_size(part.scale.shape), self.scale.dtype)
+                if rows is not ...:
+                    sums = torch.zeros_like(self.scale) if sums is None else sums
+                    (sums[rows] if found.shape != sums.shape else sums).add_(found)
+                else:
+                    sums = found
         return out, self._divided(sums, x, self.scale.numel()), self._divided(total, x, 1)
 
     def _input_gradient(self, grad: Tensor, point: Point, out: Tensor) -> None:
@@ -206,19 +229,20 @@ class Setting:
         inner = self.rule.input_gradient(grad, point)
         out.copy_(point.clip(inner) if self.learned else inner)
 
-    def _divided(self, total: Tensor | None, x: Tensor, num_sharing: int) -> Tensor | None:
-        r"""Return a sum of gradients divided by :math:`\sqrt{N hi}`; N elements share a parameter."""
-        # an empty batch has a gradient of zero, not 0 / 0
-        return None if total is None else total / torch.sqrt(max(1, x.numel() // max(1, num_sharing)) * self.hi)
+    def _divided(self, total: Tensor | None, x: Tensor, num_scales: int) -> Tensor | None:
+        """Return a sum of gradients divided as that of learned scales is."""
+        hi = self.hi if self.ends is None else self.ends[1]
+        return None if total is None else total / lsq_divisor(x.numel(), num_scales, hi)
 
     def _point(self, x: Tensor, scratch: Scratch) -> Point:
         wide = _wide(x)
         u = _units(wide, self.scale, out=scratch.take(wide, self.scale))
         copied = scratch.take(u, u)
         q = u.clone() if copied is None else copied.copy_(u)
-        q = _levels_(q, self.zero_point, lo=self.lo, hi=self.hi, rounding=self.rounding)
+        lo, hi = self.ends or (self.lo, self.hi)
+        q = _levels_(q, self.zero_point, lo=lo, hi=hi, rounding=self.rounding)
         u = u if self.zero_point is None else u.add_(self.zero_point)
-        return Point(wide, u, q, self.scale, self.lo, self.hi, self.rounding, self.temperature)
+        return Point(wide, u, q, self.scale, lo, hi, self.rounding, self.temperature)
 
     def parts(self, x: Tensor) -> Iterator[tuple["Setting", Any]]:
         """Split along the first dimension where temporaries of the whole size would be slow: on CPU, in eager mode."""
@@ -235,6 +259,10 @@ class Setting:
             rows = slice(start, start + num_rows)
             zero_point = self.zero_point[rows] if split and self.zero_point is not None else self.zero_point
             yield rows, (self.scale[rows] if split else self.scale), zero_point
+
+
+def _taken(x: Tensor, rows: Any) -> Tensor:
+    return x if rows is ... else x[rows]
 
 
 def _values(x: Tensor, *fields: Any) -> Tensor:
@@ -275,27 +303,6 @@ class _FakeQuantize(torch.autograd.Function):
         setting = Setting(scale, zero_point, temperature, lo, hi, ctx.rounding, ctx.rule, ctx.learned)
         grad_x, grad_scale, grad_temperature = setting.not_before(grad).gradients(grad, x, needs)
         return (grad_x, grad_scale, None, grad_temperature, *(None,) * 6)
-
-
-def lsq_summands(
-    grad: Tensor, point: Point, zero_point: Tensor | None, *, out: Tensor | None = None, room: Tensor | None = None
-) -> Tensor:  # fmt: skip
-    """Return the summands of :func:`lsq_scale_gradient`, in ``out`` or a fresh tensor; ``room`` is overwritten."""
-    if zero_point is None:
-        return torch.sub(point.q, point.clip(point.u, out=room), out=out).mul_(grad)
-    return torch.sub(point.q - zero_point, point.clip(point.u - zero_point, out=room), out=out).mul_(grad)
-
-
-def lsq_scale_gradient(grad: Tensor, point: Point, zero_point: Tensor | None) -> Tensor:
-    r"""Return the gradient of a learned scale, :math:`\sum g (q - u) / \sqrt{N hi}` inside the clip range.
-
-    Outside, the summand is :math:`g (q - z)`; N is the number of elements that share the scale.
-
-    Source: LSQ, arXiv:1902.08153 eq. 3 and section 2.2; with a zero point as in LSQ+, arXiv:2004.09576.
-    """
-    total = lsq_summands(grad, point, zero_point).sum_to_size(point.step.shape)
-    sharing = max(1, grad.numel() // max(1, point.step.numel()))  # an empty batch has a gradient of zero, not 0 / 0
-    return total / torch.sqrt(sharing * point.hi)
 
 
 def fake_quantize(

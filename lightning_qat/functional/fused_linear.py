@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_qat.functional.application import applied
+from lightning_qat.functional.application import applied, transformed_or_compiled
 from lightning_qat.functional.fake_quantize import Setting, cast
 from lightning_qat.functional.integer import scaled_product
 from lightning_qat.functional.points import GradientRule, Rounding
+from lightning_qat.functional.weight_only_linear import fits, product_weight, weight_gradient, weight_only_linear
 
 
 @dataclass(frozen=True)
@@ -110,8 +111,6 @@ class _FusedLinear(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         plan: Plan = ctx.plan
         grad = cast(grad, plan.dtype)
-        if plan.input is None and not plan.weight.needs_input:
-            return _straight_through(ctx, grad)
         kept, weight, *tensors = ctx.saved_tensors
         of_weight = _setting(tuple(tensors[:5]), plan.weight).not_before(grad)
         of_input = None if plan.input is None else _setting(tuple(tensors[5:10]), plan.input).not_before(grad)
@@ -145,6 +144,9 @@ def fused_linear(
         dtype: dtype of the products and of the result; None takes that of x.
         known: what :func:`quantized_weight` returns for the same arguments, computed before; it is kept for backward.
     """
+    if of_input is None and fits(of_weight) and not transformed_or_compiled():
+        return weight_only_linear(x, weight, bias, of_weight, dtype or x.dtype, known)
+    of_weight = of_weight.attached()
     plan = Plan(
         Pieces.of(of_weight), None if of_input is None else Pieces.of(of_input),
         grouped_input, integer, dtype or x.dtype,
@@ -165,8 +167,7 @@ def quantized_weight(weight: Tensor, of_weight: Setting, *, integer: bool, dtype
         dtype: of the values.
     """
     if not integer:
-        values = of_weight.fake_quantized(weight)
-        return cast(values if values.dim() == 2 else values.flatten(1), dtype)
+        return product_weight(of_weight, weight, dtype)
     levels = of_weight.levels(weight)
     return (levels.mul_(2.0) if of_weight.rounding.offset else levels).to(torch.int8)
 
@@ -220,32 +221,6 @@ def _integer_linear(
     return y.reshape(*codes.shape[:-1], levels.shape[0])
 
 
-def _straight_through(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Return the gradients where they are those of a float layer with the quantized weight: most often, so in short.
-
-    Not only operations count: after a product of matrices has emptied the caches, a line of Python takes microseconds.
-    """
-    x, weight, *tensors = ctx.saved_tensors
-    plan, needs, rows = ctx.plan, ctx.needs_input_grad, grad if grad.dim() == 2 else grad.reshape(-1, grad.shape[-1])
-    grad_x = None
-    if needs[0]:
-        if len(tensors) > 5:
-            grad_x = grad @ tensors[5]
-        else:
-            of_weight = _setting(tuple(tensors), plan.weight).not_before(grad)
-            grad_x = grad @ quantized_weight(weight, of_weight, integer=False, dtype=plan.dtype)
-        grad_x = cast(grad_x, ctx.dtypes[0])
-    grad_weight = _of_weight(rows, x, weight) if needs[1] else None
-    grad_bias = cast(rows.sum(0), ctx.dtypes[1]) if needs[2] else None
-    return grad_x, grad_weight, grad_bias, *(None,) * (len(needs) - 3)
-
-
-def _of_weight(rows: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """Return the gradient of a weight from those of the outputs, [tokens, outputs], and the inputs."""
-    gradient = cast(rows.t() @ (x if x.dim() == 2 else x.reshape(-1, x.shape[-1])), weight.dtype)
-    return gradient if weight.dim() == 2 else gradient.reshape(weight.shape)
-
-
 def _input_gradients(
     ctx: Any, grad: Tensor, kept: Tensor, weight: Tensor, of_weight: Setting, of_input: Setting | None,
     known: Tensor | None,
@@ -272,7 +247,7 @@ def _weight_gradients(
     if not (needs[1] or needs[4] or needs[6]):
         return (None,) * 6
     x = _values(kept, of_input, ctx.plan, ctx.dtypes[0])
-    inner = _of_weight(grad, x, weight)
+    inner = weight_gradient(grad, x, weight)
     if not of_weight.needs_input:
         return inner if needs[1] else None, *(None,) * 5
     grad_weight, scale, temperature = of_weight.gradients(inner, weight, (needs[1], needs[4], needs[6]))

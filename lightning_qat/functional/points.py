@@ -58,7 +58,7 @@ class Point:
     """
 
     def __init__(
-        self, x: Tensor, u: Tensor, q: Tensor, step: Tensor, lo: Tensor, hi: Tensor, rounding: Rounding,
+        self, x: Tensor, u: Tensor, q: Tensor, step: Tensor, lo: Tensor | float, hi: Tensor | float, rounding: Rounding,
         temperature: Tensor | None,
     ) -> None:  # fmt: skip
         self.x, self.u, self.q, self.step, self.lo, self.hi = x, u, q, step, lo, hi

@@ -76,6 +76,11 @@ class Sample:
             return zero, zero
         return self.values.amin(self.dims, keepdim=True), self.values.amax(self.dims, keepdim=True)
 
+    def finite(self) -> "Sample":
+        """Return the values alone in float32 or float64, zero where they are not finite."""
+        wide = self.values if self.values.dtype == torch.float64 else self.values.float()
+        return Sample(torch.nan_to_num(wide, posinf=0.0, neginf=0.0), self.dims)
+
     def mean(self) -> Tensor:
         """Return the mean absolute value of each group."""
         if self.counts is None:
@@ -98,10 +103,11 @@ def range_to_scale(
         hi: its largest level.
         dtype: storage dtype of the scale.
     """
-    largest, lo, hi = torch.finfo(minimum.dtype).max / 256, number(lo), number(hi)
+    largest, lo = torch.finfo(minimum.dtype).max / 256, number(lo)
     if grid.symmetric:
         amax = torch.maximum(-minimum, maximum)
         return finish_scale(grid.absmax_scale(amax, lo, hi), dtype, largest=largest), None
+    hi = number(hi)
     minimum, maximum = torch.nan_to_num(minimum.clamp(max=0)), torch.nan_to_num(maximum.clamp(min=0))
     scale = finish_scale(maximum / (hi - lo) - minimum / (hi - lo), dtype, largest=largest)
     return scale, torch.round(lo - minimum / scale).clamp(lo, hi)  # type: ignore[arg-type]

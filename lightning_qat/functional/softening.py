@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lightning_qat.functional.fake_quantize import narrow, quantize
+from lightning_qat.functional.fake_quantize import Setting, narrow, quantize
 from lightning_qat.functional.gradients import number
 from lightning_qat.functional.points import Rounding
 
@@ -43,3 +43,13 @@ def soft_values(
     # |b + (u - b) / rho - q|, which the level bounds from below
     soft = past.abs().div_(softness).add_(rounding.half_cell * (1 - 1 / softness)).relu_().copysign_(past).add_(q)
     return narrow((soft if zero_point is None else soft.sub_(zero_point)).mul_(scale), x.dtype)
+
+
+@torch.no_grad()
+def softened(x: Tensor, setting: Setting, softness: Tensor) -> Tensor:
+    """Return :func:`soft_values` of x, piece by piece, for the scale and the grid of a setting."""
+    softness, out = softness.to(x.device), torch.empty_like(x)
+    bounds = {"lo": setting.lo, "hi": setting.hi}
+    for part, rows in setting.parts(x):
+        out[rows] = soft_values(x[rows], part.scale, part.zero_point, softness, **bounds, rounding=setting.rounding)
+    return out

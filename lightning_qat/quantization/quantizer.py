@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_qat.functional.bounded import (
     bounded_temperature,
+    detached_scale,
     finish_scale,
     positive_scale,
     scale_floor,
@@ -16,7 +17,7 @@ from lightning_qat.functional.bounded import (
 )
 from lightning_qat.functional.fake_quantize import Setting, fake_quantize, quantize
 from lightning_qat.functional.scaling import Sample
-from lightning_qat.functional.softening import soft_values
+from lightning_qat.functional.softening import softened
 from lightning_qat.quantization.gradient import TEMPERATURE_RANGE, LearnedSoft
 from lightning_qat.quantization.granularity import Layout
 from lightning_qat.quantization.grid import Grid, decode_grid
@@ -125,9 +126,6 @@ class FakeQuantizer(nn.Module):
         """Whether the forward returns values between levels now."""
         return self.softness is not None and self.training
 
-    def _bounds(self) -> Bounds:
-        return Bounds(self.family, self.lo, self.hi, self.spec.torch_scale_dtype)
-
     def grouped(self, x: Tensor) -> Tensor:
         """Return x so shaped that scales broadcast to it."""
         return self.spec.granularity.group(x, self.layout)
@@ -139,15 +137,18 @@ class FakeQuantizer(nn.Module):
     def step_and_zero_point(self, sample: Sample) -> tuple[Tensor, Tensor | None]:
         """Return the step between levels and the zero point that apply to a sample."""
         if self.stored:
-            scale = self.scale
-            scale = positive_scale(scale, self.spec.torch_scale_dtype) if self.learned else scale
-            # rounded: weight averaging of a constant is off by a few units in the last place
-            zero_point = None if self.zero_point is None else torch.round(self.zero_point)
+            scale = positive_scale(self.scale, self._scale_dtype) if self.learned else self.scale
+            zero_point = self._stored_zero_point()
         else:
-            wide = sample.values if sample.values.dtype == torch.float64 else sample.values.float()
-            scale, zero_point = self.spec.scale.find(Sample(wide, sample.dims), self._bounds())
+            if sample.values.dtype not in (torch.float32, torch.float64):
+                sample = Sample(sample.values.float(), sample.dims)
+            scale, zero_point = self.spec.scale.find(sample, Bounds(self.family, self.lo, self.hi, self._scale_dtype))
         factor = self.family.step_factor
         return (scale if factor == 1.0 else scale * factor), zero_point
+
+    def _stored_zero_point(self) -> Tensor | None:
+        # rounded: weight averaging of a constant is off by a few units in the last place
+        return None if self.zero_point is None else torch.round(self.zero_point)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x fake-quantized, in its dtype; while observing or disabled, x itself."""
@@ -163,18 +164,9 @@ class FakeQuantizer(nn.Module):
             grouped, setting.scale, setting.zero_point, lo=setting.lo, hi=setting.hi, rounding=setting.rounding,
             rule=setting.rule, learned=setting.learned, temperature=setting.temperature, no_nan=setting.no_nan,
         )  # fmt: skip
-        if self.softened:
-            out = out + (self._softened(grouped, setting) - out).detach()
+        if self.softness is not None and self.softened:
+            out = out + (softened(grouped, setting, self.softness) - out).detach()
         return self.spec.granularity.ungroup(out, tuple(x.shape), self.layout)
-
-    @torch.no_grad()
-    def _softened(self, x: Tensor, setting: Setting) -> Tensor:
-        assert self.softness is not None  # noqa: S101 - softened says so
-        softness, out = self.softness.to(x.device), torch.empty_like(x)
-        bounds = {"lo": self.lo, "hi": self.hi}
-        for part, rows in setting.parts(x):
-            out[rows] = soft_values(x[rows], part.scale, part.zero_point, softness, **bounds, rounding=self.family)
-        return out
 
     def setting(self, x: Tensor, known: tuple[Tensor, Tensor | None] | None = None) -> tuple[Tensor, Setting]:
         """Return x so shaped that scales broadcast to it, and how it is fake-quantized.
@@ -183,12 +175,22 @@ class FakeQuantizer(nn.Module):
             x: weight or input.
             known: step and zero point of the same x where they were found before; stored ones are read anyway.
         """
+        grouped, setting = self.detached_setting(x, known)
+        return grouped, setting.attached()
+
+    def detached_setting(self, x: Tensor, known: tuple[Tensor, Tensor | None] | None = None) -> tuple[Tensor, Setting]:
+        """Return what :meth:`setting` does; a learned scale may be out of the graph, with its parameter beside it."""
         grouped, sample = self._sample(x)
-        step, zero_point = self.step_and_zero_point(sample) if known is None or self.stored else known
+        parameter = self.scale if self.learned and self.family.step_factor == 1.0 else None
+        if parameter is not None:
+            step, zero_point = detached_scale(parameter, self._scale_dtype), self._stored_zero_point()
+        else:
+            step, zero_point = self.step_and_zero_point(sample) if known is None or self.stored else known
         temperature = None if self.temperature is None else bounded_temperature(self.temperature, *TEMPERATURE_RANGE)
         no_nan = not self.stored and tells_no_nan(step, x, self.family.step_factor * scale_floor(self._scale_dtype))
         tensors = step, zero_point, temperature, self.lo, self.hi
-        return grouped, Setting(*tensors, self.family, self.spec.gradient, self.learned, no_nan)
+        ends = None if torch.compiler.is_compiling() else self.grid.bounds  # else it would compile anew for other bits
+        return grouped, Setting(*tensors, self.family, self.spec.gradient, self.learned, no_nan, ends, parameter)
 
     def _connected(self, x: Tensor) -> Tensor:
         """Keep parameters in the graph while disabled: DDP waits for the gradient of every parameter."""
@@ -220,7 +222,7 @@ class FakeQuantizer(nn.Module):
             ValueError: an observer that saw no finite value.
         """
         if self.stored:
-            sample = self._observed() if x is None else self._finite(x)
+            sample = self._observed() if x is None else self._sample(x.detach())[1].finite()
             if sample.values.numel() > 0:
                 self._store(*self.spec.scale.find(sample, Bounds(self.grid, *self.grid.bounds, self._scale_dtype)))
             self.calibrated = True
@@ -235,11 +237,6 @@ class FakeQuantizer(nn.Module):
         if self.observer.num_batches == 0:
             raise ValueError(f"{self.name}: calibration saw no finite value here; was the layer used on these batches?")
         return self.observer.sample()
-
-    def _finite(self, x: Tensor) -> Sample:
-        grouped, sample = self._sample(x.detach())
-        wide = torch.nan_to_num(grouped if grouped.dtype == torch.float64 else grouped.float(), posinf=0.0, neginf=0.0)
-        return Sample(wide, sample.dims)
 
     def _store(self, scale: Tensor, zero_point: Tensor | None) -> None:
         self.drop()
