@@ -57,6 +57,7 @@ def main() -> None:
         if name != "float" and arguments.only and name not in arguments.only:
             continue
         torch.manual_seed(0)
+        torch.compiler.reset()  # all variants share the code of the model, which is compiled anew for each
         model = build(Model(SHAPES[arguments.model]).to(arguments.device))
         batch = model.example(arguments.device)
         forward = torch.compile(model, fullgraph=True) if arguments.mode == "compiled" else model

@@ -14,6 +14,9 @@ from lightning_qat.conversion.state import quantizers
 from lightning_qat.quantization.grid import Ternary
 from lightning_qat.quantization.quantizer import FakeQuantizer
 
+_LEARNED, _RECOMPUTED = 0.3, 0.6
+"""Shares of the run over which rounding sets in, by how the scales of the weights are found."""
+
 _MIDDLE: Final = 0.5
 _LEAST_LEVELS: Final = 2
 
@@ -34,7 +37,8 @@ class GradualQuantization(pl.Callback):
     rounding is complete.
 
     Args:
-        fraction: share of the run's optimizer steps, in (0, 1].
+        fraction: share of the run's optimizer steps, in (0, 1]. None: 0.3 where scales are learned (or stored), 0.6
+            where they are recomputed from the weights in each step, as those of ``bitnet``.
         match: glob over dotted layer names.
         most_levels: of the grids that it is for, 2 or more: 4 is 2 bits, 8 is 3 bits. Where ``ProgressiveBitWidth``
             changes grids, that of the step counts.
@@ -51,12 +55,15 @@ class GradualQuantization(pl.Callback):
         trainer = L.Trainer(callbacks=[QATCallback(recipes.binary()), GradualQuantization(), Distillation()])
     """
 
-    def __init__(self, fraction: float = 0.3, match: str = "*", *, most_levels: int = 3) -> None:
-        if not isinstance(fraction, int | float) or not 0 < fraction <= 1:
-            raise ValueError(f"GradualQuantization: fraction={fraction!r} is not allowed; choose a share in (0, 1]")
+    def __init__(self, fraction: float | None = None, match: str = "*", *, most_levels: int = 3) -> None:
+        if fraction is not None and (not isinstance(fraction, int | float) or not 0 < fraction <= 1):
+            raise ValueError(
+                f"GradualQuantization: fraction={fraction!r} is not allowed; choose a share in (0, 1], or None for the "
+                "default"
+            )
         if not isinstance(most_levels, int) or most_levels < _LEAST_LEVELS:
             raise ValueError(f"GradualQuantization: most_levels={most_levels!r} is not allowed; choose 2 or more")
-        self.fraction, self.match, self.most_levels = float(fraction), match, most_levels
+        self.fraction, self.match, self.most_levels = None if fraction is None else float(fraction), match, most_levels
         self._quantizers: dict[str, FakeQuantizer] = {}
         self._num_steps = 1.0
 
@@ -66,7 +73,7 @@ class GradualQuantization(pl.Callback):
 
     @override
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        self._num_steps = self.fraction * num_steps(trainer, "GradualQuantization")
+        self._num_steps = num_steps(trainer, "GradualQuantization")
         found = {name: q for name, q in quantizers(pl_module).items() if not q.layout.is_input}
         chosen = {name: q for name, q in found.items() if fnmatch.fnmatchcase(q.owner, self.match)}
         if not chosen:
@@ -96,12 +103,19 @@ class GradualQuantization(pl.Callback):
     def on_train_batch_start(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
     ) -> None:
-        softness = max(0.0, 1.0 - trainer.global_step / self._num_steps) ** 2
+        ongoing = {}
         for name, quantizer in self._quantizers.items():
+            softness = max(0.0, 1.0 - trainer.global_step / (self._fraction(quantizer) * self._num_steps)) ** 2
             # asked anew: ProgressiveBitWidth may have changed the grid, and a resumed run must find the same
             _soften(quantizer, softness if self._is_soft(name, quantizer) else 0.0)
-        if softness <= 0:
-            self._quantizers = {}
+            if softness > 0:
+                ongoing[name] = quantizer
+        self._quantizers = ongoing
+
+    def _fraction(self, quantizer: FakeQuantizer) -> float:
+        if self.fraction is not None:
+            return self.fraction
+        return _LEARNED if quantizer.stored else _RECOMPUTED
 
     @override
     def teardown(self, trainer: "pl.Trainer", pl_module: nn.Module, stage: str) -> None:

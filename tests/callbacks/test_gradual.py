@@ -67,6 +67,20 @@ def test_from_the_identity_to_rounding(recipe: str) -> None:
     assert all(quantizer.softness is None for quantizer in fake_quantizers(model).values())
 
 
+def test_scales_that_are_recomputed_take_twice_as_long() -> None:
+    class Both(Net):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            now = {q.owner: q.softness for q in fake_quantizers(self).values() if not q.layout.is_input}
+            seen.append(tuple(0.0 if now[name] is None else float(now[name]) for name in ("first", "head")))
+
+    seen: list[tuple[float, ...]] = []
+    recipe = Recipe((Rule("first", recipes.bitnet().rules[0].spec), *recipes.ternary().rules))
+    fit(Both(), QATCallback(recipe), GradualQuantization(), train=loader(64))
+    steps = [step / 8 for step in range(8)]
+    expected = [tuple(max(0.0, 1 - step / share) ** 2 for share in (0.6, 0.3)) for step in steps]
+    torch.testing.assert_close(torch.tensor(seen), torch.tensor(expected))
+
+
 def test_every_parameter_trains_from_the_first_step() -> None:
     model = Net()
     before = None
@@ -129,7 +143,7 @@ def test_clear_errors() -> None:
         fit(Net(), QATCallback(wide), GradualQuantization(most_levels=4))
     with pytest.raises(ValueError, match="most_levels=1 is not allowed; choose 2 or more"):
         GradualQuantization(most_levels=1)
-    assert repr(GradualQuantization()) == "GradualQuantization(0.3, '*', most_levels=3)"
+    assert repr(GradualQuantization()) == "GradualQuantization(None, '*', most_levels=3)"
 
 
 def test_grids_with_more_levels_are_rounded_at_once(caplog: pytest.LogCaptureFixture) -> None:
