@@ -25,6 +25,7 @@ from lightning_qat.conversion.view import (
     transformed,
     weight_quantizer,
 )
+from lightning_qat.conversion.weight_only import weight_only
 from lightning_qat.conversion.window import setting_in_window
 from lightning_qat.functional.fake_quantize import Setting, cast
 from lightning_qat.functional.fused_linear import fused_linear
@@ -44,6 +45,10 @@ _WORTHWHILE: Final = 1 << 14  # elements of a weight from which on integer produ
 
 def forward(self: nn.Module, input: Tensor) -> Tensor:
     """Return what ``nn.Linear.forward`` returns for the quantized weight and input, as one function of autograd."""
+    if not torch.compiler.is_compiling():
+        y = weight_only(self, input)
+        if y is not None:
+            return y
     own_input = in_forward(self)
     dtype = product_dtype(self, input)
     quantizers = _quantizers(self)

@@ -13,6 +13,7 @@ from lightning_qat.conversion.sharding import is_sharded
 from lightning_qat.conversion.state import quantizers
 from lightning_qat.functional.fake_quantize import Setting
 from lightning_qat.functional.fused_linear import quantized_weight
+from lightning_qat.functional.weight_only_linear import fits
 from lightning_qat.quantization.quantizer import FakeQuantizer
 from lightning_qat.quantization.window import Quantized, Window
 
@@ -25,10 +26,10 @@ def accumulation_window(model: nn.Module) -> Iterator[None]:
 
     For several micro-batches per optimizer step, and for activation checkpointing, which computes forwards again.
     Results are the same, bit for bit. Kept is one quantized weight per layer, until the next step of an optimizer,
-    ``train()``, ``eval()``, ``load_state_dict()``, ``.to()``, or the end of the context: inside, weights must change in
-    no other way. It acts on training with gradients in eager mode, on layers with the forward of ``nn.Linear``; under
-    FSDP and with LoRA adapters, where no weight stays, it does nothing. ``QATCallback`` opens windows by itself where
-    ``accumulate_grad_batches`` exceeds 1.
+    ``train()``, ``eval()``, ``load_state_dict()``, ``.to()``, or the end of the context: inside, weights and
+    learned scales must change in no other way. It acts on training with gradients in eager mode, on layers with the
+    forward of ``nn.Linear``; under FSDP and with LoRA adapters, where no weight stays, it does nothing. ``QATCallback``
+    opens windows by itself where ``accumulate_grad_batches`` exceeds 1.
 
     Args:
         model: prepared.
@@ -83,6 +84,14 @@ def _is_sharded(model: nn.Module) -> bool:
     return wrapped or any(is_sharded(parameter) for parameter in model.parameters())
 
 
+def kept_in_window(quantizer: FakeQuantizer, latent: Tensor, kind: tuple[Any, ...]) -> Quantized | None:
+    """Return what the window of a quantizer keeps of a weight, if that is all that its product needs."""
+    found = None if quantizer.window is None else quantizer.window.get(quantizer, latent, kind)
+    if found is None or not found.complete:
+        return None
+    return found if found.setting.parameter is quantizer._parameters.get("scale") else None
+
+
 def setting_in_window(
     quantizer: FakeQuantizer, latent: Tensor, value: Tensor, *, integer: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Setting, Tensor | None]:
@@ -102,15 +111,17 @@ def setting_in_window(
         return *quantizer.detached_setting(value), None
     if not isinstance(latent, nn.Parameter) or torch._C._are_functorch_transforms_active():
         return *quantizer.setting(value), None  # weight_norm and pruning: computed anew in each forward
-    found = window.get(quantizer, latent, (integer, dtype))
-    if found is not None and not quantizer.has_parameters:
+    found = kept_in_window(quantizer, latent, (integer, dtype))
+    if found is not None:
         return quantizer.grouped(value), found.setting, found.values
+    found = window.get(quantizer, latent, (integer, dtype))
     known = None if found is None else (found.setting.scale, found.setting.zero_point)
     weight, setting = quantizer.detached_setting(value, known)
     if found is None:
         with torch.no_grad():
             values = quantized_weight(weight, setting, integer=integer, dtype=dtype)
-        kept = replace(setting, scale=setting.scale.detach(), temperature=None, parameter=None)
-        found = Quantized(latent, (integer, dtype), kept, values)
+        outside = fits(setting)  # of the graph
+        kept = setting if outside else replace(setting, scale=setting.scale.detach(), temperature=None)
+        found = Quantized(latent, (integer, dtype), kept, values, outside)
         window.keep(quantizer, found)
     return weight, setting, found.values

@@ -9,6 +9,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from lightning_qat.functional.application import applied
 
 _LARGE: Final = 1 << 14  # elements from which on a look at all steps is cheaper than one at all values
+_LARGEST: Final = 2.0**118
 SCALE_FLOOR = 2.0**-100
 """Smallest scale ever used in float32; far below any useful value, far above the subnormals."""
 
@@ -41,7 +42,7 @@ def scale_floor(dtype: torch.dtype) -> float:
     return max(SCALE_FLOOR, torch.finfo(dtype).smallest_normal)
 
 
-def finish_scale(scale: Tensor, dtype: torch.dtype = torch.float32, *, largest: float = 2.0**118) -> Tensor:
+def finish_scale(scale: Tensor, dtype: torch.dtype = torch.float32, *, largest: float = _LARGEST) -> Tensor:
     """Make a scale positive and finite, and round it to the dtype it will be stored in; returned in float32 or wider.
 
     Args:
@@ -94,6 +95,28 @@ def attached_scale(scale: Tensor, detached: Tensor) -> Tensor:
     """Return what :func:`positive_scale` does, given :func:`detached_scale`."""
     found: Tensor = applied(_Corrected, scale, detached)
     return found
+
+
+def eager_absmax_scale(x: Tensor, dims: tuple[int, ...], divisor: float, largest: float) -> tuple[Tensor, bool]:
+    """Return the finished scale of the largest absolute values, and whether it tells that no value is NaN.
+
+    In few operations: where the smallest scale is above the floor, no scale is NaN, and only infinities are left.
+
+    Args:
+        x: values on a CPU, out of the graph.
+        dims: over which one scale extends.
+        divisor: of the largest absolute value.
+        largest: upper bound.
+    """
+    scale = torch.maximum(x.amin(dims, True).neg_(), x.amax(dims, True)).div_(divisor)
+    if type(scale) is Tensor and scale.amin().item() > 2 * SCALE_FLOOR:
+        return scale.clamp_max_(largest), True
+    return finish_scale(scale, largest=largest), False
+
+
+def eager_positive_scale(scale: Tensor) -> Tensor:
+    """Return what :func:`detached_scale` does for float32."""
+    return torch.nan_to_num_(scale.detach().abs(), SCALE_FLOOR).clamp_(SCALE_FLOOR, _LARGEST)
 
 
 def bounded_temperature(temperature: Tensor, least: float, largest: float) -> Tensor:

@@ -76,6 +76,16 @@ class Sample:
             return zero, zero
         return self.values.amin(self.dims, keepdim=True), self.values.amax(self.dims, keepdim=True)
 
+    def largest(self) -> Tensor:
+        """Return the largest absolute value of each group, NaN where there is one."""
+        bare = self.limits is None and self.values.dtype == torch.float32 and self.values.device.type == "cpu"
+        if bare and torch.compiler.is_compiling() and not torch.compiler.is_exporting() and self.values.numel() > 0:
+            # Magnitudes have the order of their bits, NaN the last: integers need no look for NaN at each step.
+            bits = self.values.view(torch.int32).bitwise_and(0x7FFFFFFF)
+            return bits.amax(self.dims, keepdim=True).view(torch.float32)
+        minimum, maximum = self.range()
+        return torch.maximum(-minimum, maximum)
+
     def finite(self) -> "Sample":
         """Return the values alone in float32 or float64, zero where they are not finite."""
         wide = self.values if self.values.dtype == torch.float64 else self.values.float()
@@ -103,14 +113,19 @@ def range_to_scale(
         hi: its largest level.
         dtype: storage dtype of the scale.
     """
-    largest, lo = torch.finfo(minimum.dtype).max / 256, number(lo)
     if grid.symmetric:
-        amax = torch.maximum(-minimum, maximum)
-        return finish_scale(grid.absmax_scale(amax, lo, hi), dtype, largest=largest), None
-    hi = number(hi)
+        return absmax_to_scale(torch.maximum(-minimum, maximum), grid, lo, hi, dtype), None
+    largest, lo, hi = torch.finfo(minimum.dtype).max / 256, number(lo), number(hi)
     minimum, maximum = torch.nan_to_num(minimum.clamp(max=0)), torch.nan_to_num(maximum.clamp(min=0))
     scale = finish_scale(maximum / (hi - lo) - minimum / (hi - lo), dtype, largest=largest)
     return scale, torch.round(lo - minimum / scale).clamp(lo, hi)  # type: ignore[arg-type]
+
+
+def absmax_to_scale(
+    amax: Tensor, grid: GridLike, lo: Tensor | float, hi: Tensor | float, dtype: torch.dtype
+) -> Tensor:  # fmt: skip
+    """Return the finished scale of a symmetric grid for the largest absolute value per group."""
+    return finish_scale(grid.absmax_scale(amax, number(lo), hi), dtype, largest=torch.finfo(amax.dtype).max / 256)
 
 
 def absolute_percentile(sample: Sample, percentile: float) -> Tensor:

@@ -63,7 +63,7 @@ class Grid(ABC):
 
     def round_(self, u: Tensor) -> Tensor:
         """Round in place."""
-        return round_uniform_(u, self.offset)
+        return round_uniform_(u, self.offset) if self.offset else u.round_()
 
     def border_distance(self, u: Tensor) -> Tensor:
         """Return the signed distance of u to the border inside its cell, within -half_cell..half_cell."""

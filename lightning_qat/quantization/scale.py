@@ -11,6 +11,7 @@ from typing_extensions import override
 from lightning_qat.functional.bounded import finish_scale
 from lightning_qat.functional.scaling import (
     Sample,
+    absmax_to_scale,
     absolute_percentile,
     entropy_scale,
     minimum_error_scale,
@@ -60,6 +61,8 @@ class AbsMax(Scale):
 
     @override
     def find(self, sample: Sample, bounds: Bounds) -> tuple[Tensor, Tensor | None]:
+        if bounds.grid.symmetric:
+            return absmax_to_scale(sample.largest(), bounds.grid, bounds.lo, bounds.hi, bounds.dtype), None
         return range_to_scale(*sample.range(), bounds.grid, bounds.lo, bounds.hi, bounds.dtype)
 
 

@@ -17,13 +17,15 @@ class Quantized:
         latent: the parameter.
         kind: what else the values depend on, such as their dtype.
         setting: how it was quantized, out of any graph.
-        values: codes or values, as the product takes them.
+        values: codes or values, as the product takes them; a weight in the graph for straight-through.
+        complete: whether setting and values are all that another product needs: neither is in a graph.
     """
 
     latent: Tensor
     kind: tuple[Any, ...]
     setting: Setting
     values: Tensor
+    complete: bool
 
 
 @final

@@ -30,7 +30,9 @@ from lightning_qat import (
     prepare,
     recipes,
 )
+from lightning_qat.conversion import weight_only
 from lightning_qat.quantization import quantizer as implementation
+from lightning_qat.quantization.brief import brief_setting
 
 TOKENS = QuantizerSpec(Int(8, narrow=True), PerToken(), AbsMax(), StraightThrough())
 SPECS = {
@@ -75,7 +77,12 @@ def quantized(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         seen.extend([sample.values.numel()] if not self.layout.is_input else [])
         return original(self, sample)
 
+    def note_brief(quantizer: Any, weight: Tensor) -> Any:
+        seen.append(weight.numel())
+        return brief_setting(quantizer, weight)
+
     monkeypatch.setattr(implementation.FakeQuantizer, "step_and_zero_point", note)
+    monkeypatch.setattr(weight_only, "brief_setting", note_brief)
     return seen
 
 

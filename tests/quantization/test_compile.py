@@ -136,3 +136,16 @@ def test_inductor() -> None:
     assert torch.equal(found[0], expected[0])
     for one, other in zip(found[1:], expected[1:], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_values_that_are_not_finite(backend: str) -> None:
+    """Compiled for CPUs, the largest magnitudes are found on bits, and the clip range without masks."""
+    x = torch.randn(7, 16)
+    x[0, 1], x[1, 2], x[2, 3], x[3], x[4] = torch.nan, torch.inf, -torch.inf, 0.0, -0.0
+    x[5, :2] = torch.tensor([torch.inf, -torch.nan])
+    for spec in (QuantizerSpec(Int(4), PerChannel(), AbsMax()), QuantizerSpec(Int(4), PerChannel(), Learned(AbsMax()))):
+        quantizer = ready(spec, x)
+        compiled = torch.compile(quantizer, fullgraph=True, backend=backend)
+        for one, other in zip(step(compiled, quantizer, x), step(quantizer, quantizer, x), strict=True):
+            torch.testing.assert_close(one, other, rtol=0 if spec.scale.recomputed else 1e-6, atol=0, equal_nan=True)

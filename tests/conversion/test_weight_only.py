@@ -1,0 +1,168 @@
+"""The short forward of layers with quantized weights alone: when it is taken, and that nothing else changes."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
+from torch.utils.checkpoint import checkpoint
+
+from lightning_qat import (
+    AbsMax,
+    Int,
+    LayerSpec,
+    Learned,
+    Normalize,
+    PerChannel,
+    PerGroup,
+    PerToken,
+    QuantizerSpec,
+    Recipe,
+    Rule,
+    StraightThrough,
+    accumulation_window,
+    float_weights,
+    prepare,
+)
+from lightning_qat.conversion import fused, weight_only
+
+WEIGHTS = {
+    "dynamic": QuantizerSpec(Int(4), PerChannel(), AbsMax(), StraightThrough()),
+    "grouped": QuantizerSpec(Int(4), PerGroup(4), AbsMax(), StraightThrough()),
+    "learned": QuantizerSpec(Int(4), PerChannel(), Learned()),
+}
+TOKENS = QuantizerSpec(Int(8, narrow=True), PerToken(), AbsMax(), StraightThrough())
+
+
+def layer(spec: LayerSpec) -> nn.Linear:
+    torch.manual_seed(0)
+    module = nn.Linear(12, 8)
+    prepare(module, Recipe((Rule("*", spec),)))
+    return module
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether the short forward answered, each time it was asked."""
+    seen: list[bool] = []
+
+    def note(module: nn.Module, x: Tensor) -> Tensor | None:
+        y = weight_only.weight_only(module, x)
+        seen.append(y is not None)
+        return y
+
+    monkeypatch.setattr(fused, "weight_only", note)
+    return seen
+
+
+def steps(module: nn.Module, *, window: bool) -> list[Tensor]:
+    """Outputs and gradients of three micro-batches and a step, twice."""
+    found: list[Tensor] = []
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    x = torch.randn(3, 5, 12, generator=torch.Generator().manual_seed(1))
+    for _ in range(2):
+        optimizer.zero_grad()
+        if window:
+            with accumulation_window(module):
+                for batch in x:
+                    found.append(module(batch))
+                    found[-1].square().sum().backward()
+        else:
+            for batch in x:
+                found.append(module(batch))
+                found[-1].square().sum().backward()
+        found.extend(parameter.grad.clone() for parameter in module.parameters() if parameter.grad is not None)
+        optimizer.step()
+    return found
+
+
+@pytest.mark.parametrize("window", [False, True])
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_numbers(monkeypatch: pytest.MonkeyPatch, taken: list[bool], weight: str, window: bool) -> None:
+    found = steps(layer(LayerSpec(WEIGHTS[weight])), window=window)
+    assert taken == [not (window and weight == "learned"), True, True] * 2  # the general forward fills that window
+    monkeypatch.setattr(fused, "weight_only", lambda module, x: None)
+    for one, other in zip(found, steps(layer(LayerSpec(WEIGHTS[weight])), window=False), strict=True):
+        assert torch.equal(one, other)
+
+
+CHANGES: dict[str, Callable[[nn.Module], Any]] = {
+    "weight_norm": parametrizations.weight_norm,
+    "pruning": lambda module: prune.l1_unstructured(module, "weight", 0.5),
+    "hook": lambda module: module.weight_quantizer.register_forward_hook(lambda *_: None),
+    "disabled": lambda module: setattr(module.weight_quantizer, "enabled", False),
+    "softened": lambda module: setattr(module.weight_quantizer, "softness", torch.tensor(0.5)),
+    "double": lambda module: module.double(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_left_to_the_general_forward(taken: list[bool], change: str) -> None:
+    module = nn.Linear(12, 8)
+    if change == "weight_norm":
+        CHANGES[change](module)
+    prepare(module, Recipe((Rule("*", LayerSpec(WEIGHTS["dynamic"])),)))
+    if change != "weight_norm":
+        CHANGES[change](module)
+    x = torch.randn(2, 12)
+    if change == "double":
+        with pytest.raises(RuntimeError, match="dtype"):
+            module(x)
+    else:
+        module(x)
+    assert taken == [False]
+
+
+@pytest.mark.parametrize(
+    "spec", [LayerSpec(WEIGHTS["dynamic"], TOKENS), LayerSpec(WEIGHTS["dynamic"], None, (Normalize(),))], ids=repr
+)
+def test_more_than_a_weight(taken: list[bool], spec: LayerSpec) -> None:
+    layer(spec)(torch.randn(2, 12))
+    assert taken == [False]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(96,), (3, 96), (2, 3, 96), (3, 2, 96), (8, 16, 96)])
+def test_shapes_in_a_window(taken: list[bool], shape: tuple[int, ...], bias: bool) -> None:
+    torch.manual_seed(0)
+    module = nn.Linear(96, 64, bias=bias)
+    prepare(module, Recipe((Rule("*", LayerSpec(WEIGHTS["dynamic"])),)))
+    x = torch.randn(shape)
+    x = (x.transpose(0, 1) if shape == (3, 2, 96) else x).requires_grad_()
+    found: list[list[Tensor]] = []
+    for window in (False, True):
+        with accumulation_window(module) if window else nullcontext():
+            for _ in range(2):
+                y = module(x)
+                found.append([y, *torch.autograd.grad(y.square().sum(), [x, *module.parameters()])])
+    assert taken == [True, True, *[shape != (3, 2, 96)] * 2]  # that input is not contiguous
+    for other in found[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_in_a_window(reentrant: bool) -> None:
+    module, x = layer(LayerSpec(WEIGHTS["dynamic"])), torch.randn(3, 12, requires_grad=True)
+    module(x).square().sum().backward()
+    gradients = [parameter.grad for parameter in module.parameters()]
+    module.zero_grad()
+    with accumulation_window(module):
+        checkpoint(module, x, use_reentrant=reentrant).square().sum().backward()
+    assert all(torch.equal(one, two.grad) for one, two in zip(gradients, module.parameters(), strict=True))
+
+
+def test_contexts(taken: list[bool]) -> None:
+    module, x = layer(LayerSpec(WEIGHTS["dynamic"])), torch.randn(2, 12)
+    with torch.no_grad():
+        module(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        module(x)
+    with float_weights(module):
+        module(x)
+    torch.func.grad(lambda x: module(x).sum())(x)
+    assert taken == [False] * 4
+    module(x)
+    assert taken[4:] == [True]
