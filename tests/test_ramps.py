@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from lightning_qat.schedules import CosineRamp, LinearRamp, Ramp, value_at
+from lightning_qat.schedules import CosineRamp, LinearRamp, QuadraticRamp, Ramp, value_at
 
 
 def test_values_between_the_ends() -> None:
@@ -13,9 +13,12 @@ def test_values_between_the_ends() -> None:
     cosine = CosineRamp(3.0, start=1.0, begin=0.25, until=0.75)
     for share in (0.3, 0.4, 0.6, 0.7):
         assert cosine.at(share) == pytest.approx(2.0 - math.cos(math.pi * (share - 0.25) / 0.5), rel=1e-12)
+    quadratic = QuadraticRamp(0.0, start=2.4)
+    for share in (0.1, 0.5, 0.9):
+        assert quadratic.at(share) == pytest.approx(2.4 * (1.0 - share) ** 2, rel=1e-12)
 
 
-@pytest.mark.parametrize("kind", [LinearRamp, CosineRamp])
+@pytest.mark.parametrize("kind", [LinearRamp, CosineRamp, QuadraticRamp])
 def test_ramps_are_values(kind: type[Ramp]) -> None:
     ramp = kind(0.01, start=0.04, until=0.5)
     assert eval(repr(ramp)) == ramp

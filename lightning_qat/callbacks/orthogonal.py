@@ -13,15 +13,18 @@ from typing_extensions import override
 
 from lightning_qat.callbacks.freezing import OscillationFreezing
 from lightning_qat.callbacks.measures import Slot, slots
+from lightning_qat.callbacks.run_length import num_steps
 from lightning_qat.callbacks.step_hooks import Arguments, hook_steps, remove
 from lightning_qat.conversion.sharding import is_sharded
 from lightning_qat.functional.orthogonal import orthogonalized
+from lightning_qat.schedules import QuadraticRamp, Ramp, value_at
 
 _LIKE_ADAM: Final = 0.2
 """Root mean square of what Adam-like optimizers move a weight by, in learning rates: arXiv:2502.16982 section 2.2."""
 
 _MATRIX: Final = 2
-_TERNARY: Final = 3
+_RATES: Final[dict[int, "float | Ramp"]] = {2: QuadraticRamp(0.0, start=2.4), 3: 2.0}
+"""Of weights with so few levels, where no rate is given; 1 of others."""
 
 
 @final
@@ -43,8 +46,9 @@ class OrthogonalUpdates(pl.Callback):
     where a layer's own three products of T tokens are 3 T m n.
 
     Args:
-        rate: factor of the learning rate for these weights, positive. None: 2 for weights of three levels, which want
-            to move more than those of two or of four and more at the rates that suit AdamW, and 1 for others.
+        rate: factor of the learning rate for these weights, positive, also as a ramp over the run. None: 2 for weights
+            of three levels, ``QuadraticRamp(0.0, start=2.4)`` for those of two levels, which do best when their signs
+            settle early, and 1 for others.
         momentum: of the gradients, in [0, 1).
         match: glob over dotted layer names.
         recomputed: whether also weights move like this whose scales are recomputed from them in each step.
@@ -52,7 +56,8 @@ class OrthogonalUpdates(pl.Callback):
     Raises:
         ValueError: a value out of range. At fit start: a pattern that matches no quantized weight that trains, weights
             that are sharded, an optimizer that is not one of the Adam family, whose learning rates mean something
-            else, or an ``OscillationFreezing`` listed before.
+            else, or an ``OscillationFreezing`` listed before. When training starts: a rate that changes, and a run
+            without end.
 
     Source: K. Jordan, Muon (2024), with Nesterov momentum; the scale of its steps: arXiv:2502.16982 section 2.2.
     Deviation: it acts on latent weights, whose gradients have come through rounding.
@@ -63,18 +68,16 @@ class OrthogonalUpdates(pl.Callback):
     """
 
     def __init__(
-        self, rate: float | None = None, *, momentum: float = 0.9, match: str = "*", recomputed: bool = False
+        self, rate: float | Ramp | None = None, *, momentum: float = 0.9, match: str = "*", recomputed: bool = False
     ) -> None:
-        if rate is not None and (not isinstance(rate, int | float) or not 0 < rate < float("inf")):
-            raise ValueError(
-                f"OrthogonalUpdates: rate={rate!r} is not allowed; choose a positive factor, or None for the default"
-            )
+        _check_rate(rate)
         if not isinstance(momentum, int | float) or not 0 <= momentum < 1:
             raise ValueError(f"OrthogonalUpdates: momentum={momentum!r} is not allowed; choose a number in [0, 1)")
         if not isinstance(recomputed, bool):
             raise ValueError(f"OrthogonalUpdates: recomputed={recomputed!r} is not allowed; choose True or False")
-        self.rate, self.momentum = None if rate is None else float(rate), float(momentum)
+        self.rate, self.momentum = float(rate) if isinstance(rate, int) else rate, float(momentum)
         self.match, self.recomputed = match, recomputed
+        self._num_steps, self._done = float("inf"), 0.0
         self._weights: dict[Tensor, Slot] = {}
         self._momenta: dict[str, Tensor] = {}
         self._hidden: dict[Tensor, tuple[Tensor | None, float, float]] = {}
@@ -116,6 +119,14 @@ class OrthogonalUpdates(pl.Callback):
                 f"OrthogonalUpdates: the checkpoint holds a momentum for {min(unknown)}, which match={self.match!r} "
                 "does not choose now; give the match it was made with"
             )
+        ramps = any(isinstance(self._rate(parameter), Ramp) for parameter in self._weights)
+        self._num_steps = num_steps(trainer, "OrthogonalUpdates: a rate that changes") if ramps else float("inf")
+
+    @override
+    def on_train_batch_start(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
+    ) -> None:
+        self._done = trainer.global_step / self._num_steps
 
     @override
     def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
@@ -166,13 +177,13 @@ class OrthogonalUpdates(pl.Callback):
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for parameter, (gradient, lr, weight_decay) in self._hidden.items():
             if gradient is not None:
-                self._update(parameter, gradient, lr * self._rate(parameter), weight_decay)
+                rate = value_at(self._rate(parameter), self._done)
+                self._update(parameter, gradient, lr * rate, weight_decay)
         self._show()
 
-    def _rate(self, parameter: Tensor) -> float:
-        if self.rate is not None:
-            return self.rate
-        return 2.0 if self._weights[parameter].quantizer.grid.num_levels == _TERNARY else 1.0
+    def _rate(self, parameter: Tensor) -> float | Ramp:
+        # asked anew in each step: ProgressiveBitWidth may have changed the grid
+        return self.rate or _RATES.get(self._weights[parameter].quantizer.grid.num_levels, 1.0)
 
     def _update(self, parameter: Tensor, gradient: Tensor, lr: float, weight_decay: float) -> None:
         name = _name(self._weights[parameter])
@@ -184,6 +195,19 @@ class OrthogonalUpdates(pl.Callback):
         step = orthogonalized(matrix).view_as(parameter)
         parameter.mul_(1 - lr * weight_decay)
         parameter.add_(step, alpha=-lr * _LIKE_ADAM * max(matrix.shape) ** 0.5)
+
+
+def _check_rate(rate: Any) -> None:
+    if isinstance(rate, Ramp):
+        least, largest = rate.extremes
+        allowed = least >= 0 and largest > 0
+    else:
+        allowed = rate is None or (isinstance(rate, int | float) and 0 < rate < float("inf"))
+    if not allowed:
+        raise ValueError(
+            f"OrthogonalUpdates: rate={rate!r} is not allowed; choose a positive factor, a Ramp of factors that are "
+            "not negative, or None for the default"
+        )
 
 
 def _check_order(callback: OrthogonalUpdates, callbacks: list[Any]) -> None:

@@ -10,7 +10,7 @@ from lightning_qat.schedules.precision import (
     Staircase,
     as_schedule,
 )
-from lightning_qat.schedules.ramp import CosineRamp, LinearRamp, Ramp, value_at
+from lightning_qat.schedules.ramp import CosineRamp, LinearRamp, QuadraticRamp, Ramp, value_at
 
 __all__ = [
     "ByFraction",
@@ -20,6 +20,7 @@ __all__ = [
     "Linear",
     "LinearRamp",
     "Precision",
+    "QuadraticRamp",
     "Ramp",
     "Schedule",
     "Staircase",

@@ -1,4 +1,4 @@
-"""Numbers that change over a run: the weight of a penalty, the threshold of freezing.
+"""Numbers that change over a run: the weight of a penalty, the threshold of freezing, the rate of some weights.
 
 A position is the share of the run that is done, 0 .. 1. A ramp holds no state, so a resumed run is where an
 uninterrupted one would be.
@@ -6,6 +6,7 @@ uninterrupted one would be.
     share of the run       0.00   0.25   0.50   0.75   1.00
     LinearRamp(1.0)        0.00   0.25   0.50   0.75   1.00
     CosineRamp(1.0)        0.00   0.15   0.50   0.85   1.00
+    QuadraticRamp(1.0)     0.00   0.44   0.75   0.94   1.00
 """
 
 import math
@@ -93,6 +94,19 @@ class CosineRamp(Ramp):
 
     def _curve(self, done: float) -> float:
         return (1.0 - math.cos(math.pi * done)) / 2.0
+
+
+@final
+class QuadraticRamp(Ramp):
+    """A number that changes fast at first: end + (start - end) (1 - t)^2; arguments as for `Ramp`.
+
+    Example:
+        >>> QuadraticRamp(0.0, start=2.0).at(0.5)
+        0.5
+    """
+
+    def _curve(self, done: float) -> float:
+        return 1.0 - (1.0 - done) ** 2
 
 
 def value_at(value: float | Ramp, share: float) -> float:

@@ -20,6 +20,7 @@ from lightning_qat import (
     recipes,
 )
 from lightning_qat.conversion.view import latent
+from lightning_qat.schedules import LinearRamp, QuadraticRamp, Ramp
 from tests.callbacks._models import Net, StatefulLoader, adamw, assert_equal_states, fit, loader, state
 
 LR, DECAY = 1e-2, 0.1  # of `adamw`
@@ -34,13 +35,15 @@ def polar(matrix: Tensor) -> Tensor:
     return u * values @ v
 
 
-def by_hand(model: nn.Module, momentum: float, rate: float, clip: float | None) -> dict[str, Tensor]:
+def by_hand(model: nn.Module, momentum: float, rate: float | Ramp, clip: float | None) -> dict[str, Tensor]:
     """The same epoch in a plain loop: steps of weights computed in float64, all else by an AdamW of its own."""
     weights = {name: latent(model.get_submodule(name), "weight") for name in ("first", "head")}
     owned = {id(weight) for weight in weights.values()}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if id(p) not in owned], lr=LR, weight_decay=DECAY)
     momenta = {name: torch.zeros_like(weight, dtype=torch.float64) for name, weight in weights.items()}
-    for x, y in loader():
+    batches = list(loader())
+    for number, (x, y) in enumerate(batches):
+        factor = rate.at(number / len(batches)) if isinstance(rate, Ramp) else rate
         model.zero_grad()
         F.cross_entropy(model(x), y).backward()
         if clip is not None:
@@ -51,13 +54,13 @@ def by_hand(model: nn.Module, momentum: float, rate: float, clip: float | None) 
             gradient, old = weight.grad.double(), weight.detach().double()
             momenta[name] = momentum * momenta[name] + (1 - momentum) * gradient
             step = 0.2 * max(weight.shape) ** 0.5 * polar(momentum * momenta[name] + (1 - momentum) * gradient)
-            weight.data = (old - LR * rate * (step + DECAY * old)).float()
+            weight.data = (old - LR * factor * (step + DECAY * old)).float()
     return dict(model.named_parameters())
 
 
 @pytest.mark.parametrize("clip", [None, 0.1])
-@pytest.mark.parametrize(("momentum", "rate"), [(0.9, 1.0), (0.5, 2.0), (0.0, 0.5)])
-def test_steps_are_those_of_a_loop_by_hand(momentum: float, rate: float, clip: float | None) -> None:
+@pytest.mark.parametrize(("momentum", "rate"), [(0.9, 1.0), (0.5, 2.0), (0.0, LinearRamp(0.5, start=2.0))])
+def test_steps_are_those_of_a_loop_by_hand(momentum: float, rate: float | Ramp, clip: float | None) -> None:
     model, expected = Net(), Net()
     fit(
         model,
@@ -70,14 +73,17 @@ def test_steps_are_those_of_a_loop_by_hand(momentum: float, rate: float, clip: f
         torch.testing.assert_close(model.get_parameter(name), value, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("width", "rate"), [("ternary", 2.0), ("binary", 1.0), ("seq2", 1.0), ("int3", 1.0)])
-def test_ternary_weights_move_twice_as_much(width: str, rate: float) -> None:
-    def run(rate: float | None) -> dict[str, Tensor]:
+@pytest.mark.parametrize(
+    ("width", "rate"),
+    [("ternary", 2.0), ("binary", QuadraticRamp(0.0, start=2.4)), ("seq2", 1.0), ("int3", 1.0)],
+)
+def test_rates_of_few_levels(width: str, rate: float | Ramp) -> None:
+    def run(rate: float | Ramp | None) -> dict[str, Tensor]:
         model = Net()
         fit(model, QATCallback(recipes.named(width)), OrthogonalUpdates(rate))
         return state(model)
 
-    default, given, other = run(None), run(rate), run(3.0 - rate)
+    default, given, other = run(None), run(rate), run(1.5)
     assert all(torch.equal(default[name], given[name]) for name in given)
     assert not torch.equal(default["first.weight"], other["first.weight"])
 
@@ -205,6 +211,7 @@ def test_clear_errors() -> None:
     for options, message in (
         ({"rate": 0}, "rate=0 is not allowed; choose a positive factor"),
         ({"rate": "high"}, "rate='high' is not allowed"),
+        ({"rate": LinearRamp(-1.0, start=2.0)}, "a Ramp of factors that are not negative"),
         ({"recomputed": "no"}, "recomputed='no' is not allowed; choose True or False"),
         ({"momentum": 1.0}, r"momentum=1.0 is not allowed; choose a number in \[0, 1\)"),
     ):
@@ -222,6 +229,8 @@ def test_clear_errors() -> None:
             QATCallback(recipes.int4()),
             OrthogonalUpdates(),
         )
+    with pytest.raises(ValueError, match=r"OrthogonalUpdates: a rate that changes follows .* but the run has no end"):
+        fit(Net(), QATCallback(recipes.binary()), OrthogonalUpdates(), max_epochs=-1)
     with pytest.raises(ValueError, match="list it before OscillationFreezing"):
         fit(Net(), QATCallback(recipes.int4()), OscillationFreezing(), OrthogonalUpdates())
     assert repr(OrthogonalUpdates()) == "OrthogonalUpdates(None, momentum=0.9, match='*', recomputed=False)"

@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_qat import (
     GradualQuantization,
+    OrthogonalUpdates,
     OscillationFreezing,
     Penalty,
     ProgressiveBitWidth,
@@ -17,12 +18,13 @@ from lightning_qat import (
     TwoStageSchedule,
 )
 from lightning_qat.losses import grid_distance
-from lightning_qat.schedules import ByFraction, CosineRamp
+from lightning_qat.schedules import ByFraction, CosineRamp, QuadraticRamp
 from tests.callbacks._models import Net, StatefulLoader, assert_equal_states, fit, loader, state
 
 FOLLOWING: dict[str, Callable[[], Any]] = {
     "freezing": OscillationFreezing,
     "gradual": lambda: GradualQuantization(0.9),
+    "orthogonal": lambda: OrthogonalUpdates(QuadraticRamp(0.0, start=1.0), recomputed=True),
     "progressive": lambda: ProgressiveBitWidth(ByFraction({0.0: 8, 0.5: 4}), unit="step"),
     "regularization": lambda: Regularization([Penalty(grid_distance, weight=CosineRamp(0.1))]),
     "two stages": TwoStageSchedule,
