@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from lightning_qat.callbacks.freezing import OscillationFreezing
 from lightning_qat.callbacks.measures import Slot, slots
-from lightning_qat.callbacks.run_length import num_steps
+from lightning_qat.callbacks.run_length import num_steps, run_length
 from lightning_qat.callbacks.step_hooks import Arguments, hook_steps, remove
 from lightning_qat.conversion.sharding import is_sharded
 from lightning_qat.functional.orthogonal import orthogonalized
@@ -120,7 +120,10 @@ class OrthogonalUpdates(pl.Callback):
                 "does not choose now; give the match it was made with"
             )
         ramps = any(isinstance(self._rate(parameter), Ramp) for parameter in self._weights)
-        self._num_steps = num_steps(trainer, "OrthogonalUpdates: a rate that changes") if ramps else float("inf")
+        if ramps:
+            self._num_steps = num_steps(trainer, "OrthogonalUpdates: a rate that changes")
+        else:  # ProgressiveBitWidth may come down to two levels later
+            self._num_steps = run_length(trainer, "step") or float("inf")
 
     @override
     def on_train_batch_start(

@@ -15,12 +15,13 @@ from lightning_qat import (
     LoRA,
     OrthogonalUpdates,
     OscillationFreezing,
+    ProgressiveBitWidth,
     QATCallback,
     prepare,
     recipes,
 )
 from lightning_qat.conversion.view import latent
-from lightning_qat.schedules import LinearRamp, QuadraticRamp, Ramp
+from lightning_qat.schedules import LinearRamp, QuadraticRamp, Ramp, Staircase
 from tests.callbacks._models import Net, StatefulLoader, adamw, assert_equal_states, fit, loader, state
 
 LR, DECAY = 1e-2, 0.1  # of `adamw`
@@ -86,6 +87,25 @@ def test_rates_of_few_levels(width: str, rate: float | Ramp) -> None:
     default, given, other = run(None), run(rate), run(1.5)
     assert all(torch.equal(default[name], given[name]) for name in given)
     assert not torch.equal(default["first.weight"], other["first.weight"])
+
+
+def test_rates_follow_a_grid_that_changes() -> None:
+    """From where weights have two levels they move by what the ramp of the whole run says, not by its start."""
+
+    class Moves(Net):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            self.before = latent(self.first, "weight").detach().clone()
+
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+            moved.append(float((latent(self.first, "weight").detach() - self.before).norm()))
+
+    moved: list[float] = []
+    bits = ProgressiveBitWidth(Staircase({0: 4, 2: 1}), unit="step")
+    plain = lambda module: torch.optim.AdamW(module.parameters(), LR, weight_decay=0.0)  # noqa: E731
+    fit(Moves(optimizer=plain), QATCallback(recipes.int4()), bits, OrthogonalUpdates(), train=loader(64))
+    rates = [norm / moved[0] for norm in moved]  # singular values are near 1, whatever the gradient
+    expected = [1.0, 1.0, *(2.4 * (1 - step / 8) ** 2 for step in range(2, 8))]
+    assert rates == pytest.approx(expected, rel=0.35)
 
 
 class Watching(Net):
