@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.models import SHAPES, Model, training_step
 from benchmarks.output import machine, save, show
+from benchmarks.quantizers import quantizers
 from benchmarks.variants import variants
-from lightning_qat import AbsMax, FakeQuantizer, Int, Learned, PerChannel, QuantizerSpec, StraightThrough
 
 
 def seconds(run: Callable[[], object], device: str) -> float:
@@ -95,30 +95,19 @@ def step_times(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return rows_of(measure(runs, arguments.device, budget=arguments.seconds, least=arguments.repetitions))
 
 
-class _NaiveQuantizer(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        scale = x.detach().abs().amax(1, keepdim=True).clamp(min=1e-8) / 8
-        return x + (torch.clamp(torch.round(x / scale), -8, 7) * scale - x).detach()
-
-
 def quantizer_times(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure forward and backward of fake quantization alone."""
-    size = arguments.elements, arguments.elements
-    x, grad = torch.randn(size, device=arguments.device).requires_grad_(), torch.randn(size, device=arguments.device)
-    specs = {
-        "dynamic": QuantizerSpec(Int(4), PerChannel(), AbsMax(), StraightThrough()),
-        "learned": QuantizerSpec(Int(4), PerChannel(), Learned(init=AbsMax())),
-    }
-    modules: dict[str, nn.Module] = {name: FakeQuantizer(spec, size).to(x.device) for name, spec in specs.items()}
-    modules |= {f"{name} compiled": torch.compile(module) for name, module in modules.items()}
-    modules["naive"] = _NaiveQuantizer()
+    x = nn.Parameter(torch.randn(arguments.elements, arguments.elements, device=arguments.device))
+    grad, modules = torch.randn_like(x), quantizers(x)
+    modules |= {f"{name} compiled": torch.compile(modules[name]) for name in modules}
+    chosen = {name: module for name, module in modules.items() if not arguments.only or name in arguments.only}
 
     def run(module: nn.Module) -> Callable[[], object]:
-        wanted = [x, *module.parameters()]
+        wanted = list({x, *module.parameters()})
         return lambda: torch.autograd.grad(module(x), wanted, grad)  # backward() would copy the gradient of x once more
 
     runs: dict[str, Callable[[], object]] = {"clone": lambda: x.detach().clone()}
-    runs |= {name: run(module) for name, module in modules.items()}
+    runs |= {name: run(module) for name, module in chosen.items()}
     return rows_of(measure(runs, arguments.device, budget=arguments.seconds, least=arguments.repetitions))
 
 
