@@ -52,12 +52,19 @@ def forward(self: nn.Module, input: Tensor) -> Tensor:
     own_input = in_forward(self)
     dtype = product_dtype(self, input)
     quantizers = _quantizers(self)
-    if torch.compiler.is_exporting() or dtype is None or not _ready(self, quantizers, own_input):
+    if _wants_operations() or dtype is None or not _ready(self, quantizers, own_input):
         return _unfused(self, input, own_input)
     integer = own_input and runs_on_integers(self, input.device.type, dtype)
     if not integer and (not torch.is_grad_enabled() or _watched(quantizers)):
         return _unfused(self, input, own_input)
     return _fused(self, input, dtype, own_input=own_input, integer=integer)
+
+
+def _wants_operations() -> bool:
+    """Whether torch.export, or torch.jit.trace (``log_graph`` of loggers), writes down what runs: no fused function."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    return torch._C._get_tracing_state() is not None
 
 
 def _unfused(module: Any, x: Tensor, own_input: bool) -> Tensor:

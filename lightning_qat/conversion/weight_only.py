@@ -44,6 +44,8 @@ def weight_only(module: nn.Module, x: Tensor) -> Tensor | None:
         return None
     if torch.is_autocast_enabled("cpu") or not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
         return None
+    if torch._C._get_tracing_state() is not None:  # torch.jit.trace cannot write down what is fused
+        return None
     bias, in_window = parameters["bias"], quantizer.window is not None and quantizer.training
     if in_window and not (quantizer.learned or quantizer.spec.gradient.needs_input):
         if not x.is_contiguous():  # there, a product in the graph is off by roundings from one that is not

@@ -25,7 +25,7 @@ def walsh_hadamard(x: Tensor) -> Tensor:
     >>> walsh_hadamard(torch.tensor([1.0, 2.0]))
     tensor([ 3., -1.])
     """
-    size = x.shape[-1]
+    size = int(x.shape[-1])  # torch.jit.trace makes tensors of sizes
     if size < 1 or size & (size - 1):
         raise ValueError(f"walsh_hadamard: the last dimension, {size}, is no power of two; use hadamard_rotate")
     shape, half = x.shape, 1
@@ -41,6 +41,11 @@ def random_signs(size: int, seed: int) -> Tensor:
     """Return a reproducible vector of +1 and -1, shape [size], that leaves the global generator alone."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 2, (size,), generator=generator, device="cpu").mul_(2).sub_(1).float()
+
+
+def _rotated_blocks(x: Tensor) -> list[Tensor]:
+    sizes = power_of_two_blocks(int(x.shape[-1]))
+    return [walsh_hadamard(block) * size**-0.5 for block, size in zip(x.split(sizes, dim=-1), sizes, strict=True)]
 
 
 def hadamard_rotate(x: Tensor, signs: Tensor) -> Tensor:
@@ -60,12 +65,10 @@ def hadamard_rotate(x: Tensor, signs: Tensor) -> Tensor:
     tensor([1.4142, 0.0000])
     """
     wide = (x if x.dtype in (torch.float32, torch.float64) else x.float()) * signs
-    blocks = [walsh_hadamard(b) * b.shape[-1] ** -0.5 for b in wide.split(power_of_two_blocks(x.shape[-1]), dim=-1)]
-    return torch.cat(blocks, dim=-1).to(x.dtype)
+    return torch.cat(_rotated_blocks(wide), dim=-1).to(x.dtype)
 
 
 def hadamard_unrotate(x: Tensor, signs: Tensor) -> Tensor:
     """Apply the inverse of :func:`hadamard_rotate` to the last dimension."""
     wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
-    blocks = [walsh_hadamard(b) * b.shape[-1] ** -0.5 for b in wide.split(power_of_two_blocks(x.shape[-1]), dim=-1)]
-    return (torch.cat(blocks, dim=-1) * signs).to(x.dtype)
+    return (torch.cat(_rotated_blocks(wide), dim=-1) * signs).to(x.dtype)

@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     Timer,
 )
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.tuner import Tuner
 from torch import Tensor
 
@@ -26,6 +27,7 @@ from lightning_qat import Calibration, QATCallback, bake, codes, recipes
 from tests.callbacks._models import (
     LEARNED_INPUTS,
     STORED_INPUTS,
+    WIDTH,
     Net,
     assert_equal_states,
     fake_quantizers,
@@ -213,6 +215,18 @@ def test_all_together(kind: str, reverse: bool, tmp_path: Path) -> None:
     callbacks = [QATCallback(LEARNED_INPUTS), Calibration(), *(rest[::-1] if reverse else rest)]
     fit(model, *callbacks, val=loader(), max_epochs=2)
     assert max(grid_distance(model, "first"), grid_distance(model, "head")) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace.*` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("recipe", ["int4", "int8", "bitnet", "piq2"])
+def test_graph_in_tensorboard(recipe: str, tmp_path: Path) -> None:
+    """Lightning lets torch.jit.trace look at the model before training, in training mode."""
+    logger = TensorBoardLogger(tmp_path, log_graph=True)
+    model = Net()
+    model.example_input_array = torch.randn(2, WIDTH)
+    made = fit(model, QATCallback(recipes.named(recipe)), logger=logger)
+    assert made.global_step == 4
 
 
 def test_fast_dev_run_and_limits() -> None:

@@ -97,6 +97,18 @@ def test_same_numbers_as_the_view(weight: str, inputs: str, amp: bool) -> None:
             torch.testing.assert_close(one, other, rtol=1e-2 if amp else 1e-5, atol=1e-2 if amp else 1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace.*` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # a trace is of one way through Python
+@pytest.mark.parametrize("inputs", INPUTS)
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_torch_jit_trace_sees_plain_operations(weight: str, inputs: str) -> None:
+    """As Lightning's ``log_graph`` traces a model: with gradients on."""
+    module = layer(weight, inputs)
+    traced: Any = torch.jit.trace(module, torch.randn(5, 12))
+    x = torch.randn(3, 12)
+    assert torch.equal(traced(x), module(x))
+
+
 @pytest.mark.parametrize("weight", ["learned", "absmax"])
 def test_integer_products_agree_with_simulated_ones(weight: str) -> None:
     torch.manual_seed(1)
