@@ -124,6 +124,9 @@ def checksum(description: str, tensors: Iterable[tuple[str, Tensor]]) -> str:
 def load(path: str | Path, model: nn.Module | None = None, *, verify: bool = True) -> Any:
     """Read a file written by :class:`Safetensors`, memory-mapped. Nothing in it is executed or unpickled.
 
+    A model gets copies of float tensors that begin elsewhere than torch's own memory would: of those, products differ
+    in the last bit.
+
     Args:
         path: the file.
         model: freshly built plain float module of the architecture that was trained, or None. It is changed in place:

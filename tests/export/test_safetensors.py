@@ -72,6 +72,22 @@ def test_value_of_other_quantizers(weight: qat.QuantizerSpec, dtype: torch.dtype
     assert torch.equal(loaded(x), model.eval()(x))
 
 
+@pytest.mark.parametrize("num_outputs", [1, 2, 3, 4, 10])
+@pytest.mark.parametrize("width", [30, 32, 64, 100])
+def test_layers_that_stay_float_compute_the_same(width: int, num_outputs: int, tmp_path: Path) -> None:
+    """Their weights lie anywhere in the file, and products of such memory are off in the last bit."""
+
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width), nn.Linear(width, num_outputs))
+
+    model = prepared(build, qat.Recipe((qat.Rule("2", None), *recipes.int4().rules)))
+    batches = [torch.randn(size, width) for size in (1, 2, 5, 8)]
+    assert export(model, tmp_path / "model.safetensors", batches=batches).exact
+    loaded = load(tmp_path / "model.safetensors", build()).eval()
+    with torch.no_grad():
+        assert all(torch.equal(loaded(x), model.eval()(x)) for x in batches)
+
+
 def test_stored_input_scales(tmp_path: Path) -> None:
     weight = qat.QuantizerSpec(qat.Int(8), scale=qat.AbsMax())
     stored = qat.QuantizerSpec(qat.Int(8, symmetric=False), qat.PerTensor(), qat.Percentile(99.0))
