@@ -15,6 +15,8 @@ from weakref import WeakValueDictionary
 import lightning.pytorch as pl
 from torch import Tensor
 
+from lightning_qat.conversion.derived import derive
+
 _BASE: Final = "_attachment_base"
 _CLASSES: Final[WeakValueDictionary[type, type["pl.LightningModule"]]] = WeakValueDictionary()
 
@@ -222,7 +224,7 @@ def _attached_class(base: type["pl.LightningModule"]) -> type["pl.LightningModul
         "__reduce_ex__": _reduce,
         _BASE: base,
     }
-    return _CLASSES.setdefault(base, type(base.__name__, (base,), namespace))
+    return _CLASSES.setdefault(base, derive(base, namespace))
 
 
 def _reduce(self: "pl.LightningModule", protocol: Any) -> Any:

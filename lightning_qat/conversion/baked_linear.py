@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qat.conversion.baked_input import BAKED_INPUT, INTEGER_DTYPES, integer_dtype
+from lightning_qat.conversion.derived import derive
 from lightning_qat.conversion.fused import runs_on_integers
 from lightning_qat.functional.integer import scaled_product
 from lightning_qat.quantization.tensor import QuantizedTensor
@@ -82,7 +83,7 @@ def _baked_class(base: type[nn.Module]) -> type[nn.Module]:
         "_baked_base": base,
         "forward": _forward,
     }
-    return _BAKED.setdefault(base, type(base.__name__, (base,), namespace))
+    return _BAKED.setdefault(base, derive(base, namespace))
 
 
 def _reduce(self: Any, protocol: Any) -> Any:

@@ -14,6 +14,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
+from lightning_qat.conversion.derived import derive
 from lightning_qat.conversion.sharding import find_scale_of, is_sharded, refuse_mixed_dtypes, refuse_shard, whole
 from lightning_qat.functional.fake_quantize import narrow
 from lightning_qat.quantization.grid import Grid
@@ -314,7 +315,7 @@ def view_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]
     for method in ("reset_parameters", "_reset_parameters"):
         if hasattr(base, method):
             namespace[method] = _reading_latents(method)
-    return _VIEWS.setdefault((base, names), type(base.__name__, (base,), namespace))
+    return _VIEWS.setdefault((base, names), derive(base, namespace))
 
 
 def base_class(cls: type) -> type[nn.Module]:

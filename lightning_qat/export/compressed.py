@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qat.conversion.baked_linear import multiply_floats
+from lightning_qat.conversion.derived import derive
 from lightning_qat.export.source import Source
 from lightning_qat.quantization.tensor import QuantizedTensor
 
@@ -31,7 +32,7 @@ def compress(source: Source) -> nn.Module:
         del module._parameters[slot]
         for part, tensor in parts_of(weight).items():
             module.register_buffer(f"{slot}_{part}", tensor)
-        module.__class__ = type(type(module).__name__, (type(module),), {slot: property(_reader(slot, weight))})
+        module.__class__ = derive(type(module), {slot: property(_reader(slot, weight))})
     return model.eval()
 
 

@@ -237,3 +237,21 @@ def test_averaged_models_are_found_by_what_they_keep() -> None:
     callback._average_model = torch.optim.swa_utils.AveragedModel(model)
     assert [(name, type(found)) for name, found in averaged_models(made)] == [("EMAWeightAveraging", Net)]
     assert averaged_models(None) == []
+
+
+def test_a_registry_of_subclasses_stays() -> None:
+    """A module that is built from the registry later must be the user's own, without callbacks in its methods."""
+    registry = {}
+
+    class Registered(Net):
+        def __init_subclass__(cls) -> None:
+            registry[cls.__name__] = cls
+
+    class Task(Registered):
+        pass
+
+    model = Task()
+    attach(model)
+    assert registry == {"Task": Task}
+    detach(model)
+    assert type(model) is Task

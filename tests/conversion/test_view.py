@@ -23,6 +23,7 @@ from lightning_qat import (
     QuantizerSpec,
     Recipe,
     Rule,
+    bake,
     codes,
     prepare,
     recipes,
@@ -112,6 +113,30 @@ def saved(model: nn.Module) -> nn.Module:
     buffer.seek(0)
     result: nn.Module = torch.load(buffer, weights_only=False)
     return result
+
+
+_REGISTRY: dict[str, type[nn.Module]] = {}
+
+
+class _Registered(nn.Linear):
+    def __init_subclass__(cls, *, key: str) -> None:
+        _REGISTRY[key] = cls
+
+
+class _Layer(_Registered, key="layer"):
+    pass
+
+
+@pytest.mark.parametrize("recipe", ["int4", "w8a8"])
+def test_a_registry_of_subclasses_stays(recipe: str) -> None:
+    """What ``__init_subclass__`` of the user does is for classes that the user writes."""
+    model = nn.Sequential(_Layer(8, 4))
+    prepare(model, recipes.named(recipe), arithmetic="integer")
+    baked, x = bake(model), torch.randn(3, 8)
+    assert {"layer": _Layer} == _REGISTRY
+    assert isinstance(model[0], _Layer)
+    assert torch.equal(pickle.loads(pickle.dumps(baked))(x), model.eval()(x))
+    assert type(unprepare(model)[0]) is _Layer
 
 
 @pytest.mark.parametrize("duplicate", [copied, pickled, saved])
