@@ -22,3 +22,9 @@ def check_number(where: str, value: float, allowed: str, *, holds: Callable[[flo
 def check_positive(where: str, value: float) -> None:
     """Refuse what is not a positive finite number."""
     check_number(where, value, "a value that is positive and finite", holds=lambda v: 0 < v < float("inf"))
+
+
+def check_flag(where: str, value: bool) -> None:
+    """Refuse what is neither True nor False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{where}={value!r} is not allowed; choose True or False")

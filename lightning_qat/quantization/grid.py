@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_qat.functional.rounding import round_binary_, round_ternary_, round_uniform_
-from lightning_qat.quantization._checks import check_number
+from lightning_qat.quantization._checks import check_flag, check_number
 
 
 def _check_integer(where: str, value: int, largest: int) -> None:
@@ -106,7 +106,7 @@ class Int(Grid):
         symmetric: False adds an integer zero point (affine quantization); the range is stretched to contain 0.
 
     Raises:
-        ValueError: bits outside 2..8, or narrow together with symmetric=False.
+        ValueError: bits outside 2..8, flags that are no bool, or narrow together with symmetric=False.
 
     Source: arXiv:1712.05877. With AbsMax the scale is amax / 2^(bits-1): all codes are used; a largest positive
     value is clipped by one step. Narrow grids take amax / hi.
@@ -118,6 +118,8 @@ class Int(Grid):
 
     def __post_init__(self) -> None:
         _check_integer("Int: bits", self.bits, 8)
+        check_flag("Int: narrow", self.narrow)
+        check_flag("Int: symmetric", self.symmetric)
         if self.narrow and not self.symmetric:
             raise ValueError("Int: narrow=True needs symmetric=True; an asymmetric grid already uses every code")
 

@@ -64,7 +64,7 @@ class QuantizerSpec:
             "QuantizerSpec: gradient", self.gradient, Gradient,
             "StraightThrough(), Clipped(), Soft(t), LearnedSoft(t), ElementwiseScaling(delta)",
         )  # fmt: skip
-        if self.scale_dtype not in _SCALE_DTYPES:
+        if not isinstance(self.scale_dtype, str) or self.scale_dtype not in _SCALE_DTYPES:
             raise ValueError(f"QuantizerSpec: scale_dtype={self.scale_dtype!r}; choose one of {sorted(_SCALE_DTYPES)}")
         self._check_combination()
 

@@ -64,10 +64,11 @@ class Hadamard(Transform):
     """Rotate the input dimension of weight and input by the same random orthogonal matrix: equal in float, less spiky.
 
     Args:
-        seed: of the random signs, an integer.
+        seed: of the random signs, an integer from -2^63 to 2^63 - 1.
 
     Raises:
         TypeError: seed is no integer.
+        ValueError: seed outside 64 bits.
 
     Source: QuIP#, arXiv:2402.04396; QuaRot, arXiv:2404.00456.
     """
@@ -77,6 +78,8 @@ class Hadamard(Transform):
     def __post_init__(self) -> None:
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise TypeError(f"Hadamard: seed={self.seed!r} is not an integer; choose one such as 0")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"Hadamard: seed={self.seed} is not allowed; choose an integer of 64 bits, such as 0")
 
     @override
     def build(self, in_features: int) -> TransformModule:

@@ -132,6 +132,9 @@ REFUSED: tuple[tuple[Build, type[Exception], str], ...] = (
     (lambda: Int(4.0), ValueError, r"Int: bits=4.0 is not allowed; choose an integer from 2 to 8"),  # type: ignore[arg-type]
     (lambda: Int("4"), ValueError, r"Int: bits='4' is not allowed"),  # type: ignore[arg-type]
     (lambda: Int(True), ValueError, r"Int: bits=True is not allowed"),
+    *((lambda v=v: Int(8, narrow=v), ValueError, rf"Int: narrow={v!r} is not allowed; choose True or False")
+      for v in (2, 1, "no", None)),
+    (lambda: Int(8, symmetric="False"), ValueError, r"Int: symmetric='False' is not allowed; choose True or False"),  # type: ignore[arg-type]
     (lambda: Int(4, narrow=True, symmetric=False), ValueError, r"Int: narrow=True needs symmetric=True"),
     (lambda: HalfInt(1), ValueError, r"HalfInt: bits=1 is not allowed; choose an integer from 2 to 8"),
     (lambda: HalfInt(9), ValueError, r"HalfInt: bits=9 is not allowed"),
@@ -168,6 +171,7 @@ REFUSED: tuple[tuple[Build, type[Exception], str], ...] = (
         (lambda: ElementwiseScaling("0.5"), "ElementwiseScaling: delta"),  # type: ignore[arg-type]
     )),
     (lambda: Hadamard(1.5), TypeError, r"Hadamard: seed=1.5 is not an integer"),  # type: ignore[arg-type]
+    (lambda: Hadamard(2**63), ValueError, r"Hadamard: seed=9223372036854775808 is not allowed; choose .* 64 bits"),
     (lambda: Layout(-1), ValueError, r"Layout: channel_axis=-1 is not allowed"),
     (lambda: Layout(None, 0), ValueError, r"Layout: num_features=0 is not allowed"),
     (lambda: QuantizerSpec(Int), TypeError, r"grid=<class .*> is not a Grid; choose one of Int\(bits\)"),  # type: ignore[arg-type]
@@ -177,6 +181,7 @@ REFUSED: tuple[tuple[Build, type[Exception], str], ...] = (
     (lambda: QuantizerSpec(Int(4), gradient="ste"), TypeError, r"QuantizerSpec: gradient='ste' is not a Gradient"),  # type: ignore[arg-type]
     (lambda: QuantizerSpec(Int(4), scale_dtype="float64"), ValueError,
      r"QuantizerSpec: scale_dtype='float64'; choose one of \['bfloat16', 'float16', 'float32'\]"),
+    (lambda: QuantizerSpec(Int(4), scale_dtype=["float16"]), ValueError, r"scale_dtype=\['float16'\]; choose"),  # type: ignore[arg-type]
     (lambda: QuantizerSpec(Int(4), PerToken()), ValueError, r"cannot be stored per token.*AbsMax\(\) and AbsMean\(\)"),
     (lambda: QuantizerSpec(Int(4, symmetric=False), scale=AbsMean()), ValueError,
      r"AbsMean\(\) finds no zero point for Int\(.*symmetric=False\).*MinimumError\(\)"),
