@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import fnmatch
 import functools
-import importlib
+import pkgutil
 import sys
 from dataclasses import dataclass, field
 from typing import Any, Final, final
@@ -57,9 +57,8 @@ class Rule:
         if isinstance(self.types, list | tuple):  # as YAML gives it
             types = tuple(_import_type(kind) if isinstance(kind, str) else kind for kind in self.types)
             object.__setattr__(self, "types", types)
-        if not isinstance(self.types, tuple) or not all(
-            isinstance(t, type) and issubclass(t, nn.Module) for t in self.types
-        ):
+        kinds = self.types if isinstance(self.types, tuple) else ()
+        if not kinds or not all(isinstance(t, type) and issubclass(t, nn.Module) for t in kinds):
             raise TypeError(
                 f"Rule({self.match!r}): types={self.types!r} is not a tuple of module types, such as (nn.Embedding,)"
             )
@@ -121,8 +120,10 @@ class Recipe:
         """Return the recipe that :meth:`to_dict` described. Nothing is imported or executed.
 
         Raises:
-            ValueError: an unknown class name.
+            ValueError: an unknown class or argument, or data of something else.
         """
+        if not isinstance(data, dict):
+            raise ValueError(f"Recipe.from_dict: {data!r} is no recipe as plain data; give what to_dict() returned")
         recipe = from_plain(data)
         if not isinstance(recipe, Recipe):
             raise ValueError(f"Recipe.from_dict: {data.get('_target_')!r} is not a recipe")
@@ -137,9 +138,8 @@ def difference(present: Recipe, given: Recipe) -> str:
 
 
 def _import_type(dotted: str) -> Any:
-    module, _, name = dotted.rpartition(".")
     try:
-        return getattr(importlib.import_module(module), name)
+        return pkgutil.resolve_name(dotted)
     except (ImportError, AttributeError, ValueError):
         raise ValueError(
             f"Rule: types={dotted!r} cannot be imported; give the dotted name of a module type, such as "
@@ -160,6 +160,8 @@ def to_plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
         return {"_target_": f"lightning_qat.{type(value).__name__}", **fields}
+    if isinstance(value, float):  # as numpy's float64 is, which neither YAML nor torch.load would read
+        return float(value)
     return [to_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
@@ -171,18 +173,22 @@ def _registry() -> dict[str, type]:
 
 
 def _resolve_type(dotted: str) -> type[nn.Module]:
-    module, _, name = dotted.rpartition(".")
-    kind = getattr(sys.modules.get(module), name, None)  # only what is imported already: data must not run code
-    if not isinstance(kind, type) or not issubclass(kind, nn.Module):
-        raise ValueError(f"Recipe.from_dict: module type {dotted!r} is not known; import {module!r} first")
-    return kind
+    parts = dotted.split(".")
+    for length in range(len(parts) - 1, 0, -1):  # classes may lie in classes
+        kind: Any = sys.modules.get(".".join(parts[:length]))  # only what is imported already: data must not run code
+        for name in parts[length:]:
+            kind = getattr(kind, "__dict__", {}).get(name)
+        if isinstance(kind, type) and issubclass(kind, nn.Module):
+            return kind
+    module = dotted.rpartition(".")[0]
+    raise ValueError(f"Recipe.from_dict: module type {dotted!r} is not known; import {module!r} first")
 
 
 def from_plain(value: Any) -> Any:
     """Undo :func:`to_plain`. Nothing is imported or executed.
 
     Raises:
-        ValueError: an unknown class name.
+        ValueError: an unknown class or argument.
     """
     if isinstance(value, list | tuple):
         return tuple(from_plain(item) for item in value)
@@ -193,6 +199,9 @@ def from_plain(value: Any) -> Any:
     kind = _registry().get(name)
     if kind is None:
         raise ValueError(f"Recipe.from_dict: {name!r} is unknown; known are {sorted(_registry())}")
+    allowed = [each.name for each in dataclasses.fields(kind)]
+    if unknown := [key for key in fields if key not in allowed]:
+        raise ValueError(f"Recipe.from_dict: {name} has no argument {', '.join(unknown)}; it has {', '.join(allowed)}")
     if kind is Rule:
         fields["types"] = tuple(_resolve_type(dotted) for dotted in fields.get("types", map(_dotted, DEFAULT_TYPES)))
     return kind(**{key: item if key == "types" else from_plain(item) for key, item in fields.items()})

@@ -226,7 +226,7 @@ def named(name: str, **arguments: Any) -> Recipe:
         ValueError: an unknown name; the message lists all and the nearest.
         TypeError: an argument that the recipe does not have.
     """
-    if name not in _NAMED:
+    if not isinstance(name, str) or name not in _NAMED:
         near = difflib.get_close_matches(str(name), _NAMED, n=1, cutoff=0.4)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"recipes.named: {name!r} is not a recipe; choose one of {', '.join(names())}{hint}")

@@ -1,7 +1,9 @@
 """Rules and recipes: values, matching, plain data and back, errors."""
 
 import json
+from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from hydra.utils import instantiate
@@ -64,6 +66,11 @@ ALL = {name: recipes.named(name) for name in recipes.names()} | {"everything": E
 each_recipe = pytest.mark.parametrize("recipe", ALL.values(), ids=ALL)
 
 
+class Outer:
+    class Layer(nn.Linear):
+        """A type inside another."""
+
+
 class Unreachable(nn.Linear):
     """A type that a checkpoint names and that is not imported where it is read."""
 
@@ -101,6 +108,28 @@ class TestErrorsOfPlainData:
     def test_no_recipe(self) -> None:
         with pytest.raises(ValueError, match=r"'lightning_qat\.Int' is not a recipe"):
             Recipe.from_dict({"_target_": "lightning_qat.Int", "bits": 4})
+
+    def test_arguments_of_another_version(self) -> None:
+        data = recipes.int4().to_dict()
+        data["rules"][0]["spec"]["weight"]["grid"]["bitz"] = 4
+        with pytest.raises(ValueError, match=r"Recipe\.from_dict: Int has no argument bitz; it has bits, narrow, symm"):
+            Recipe.from_dict(data)
+
+    @pytest.mark.parametrize("data", [None, [], "int4"])
+    def test_no_plain_data(self, data: Any) -> None:
+        with pytest.raises(ValueError, match=r"is no recipe as plain data; give what to_dict\(\) returned"):
+            Recipe.from_dict(data)
+
+    def test_types_inside_of_others(self) -> None:
+        recipe = Recipe((Rule("*", None, types=(Outer.Layer,)),))
+        assert Recipe.from_dict(recipe.to_dict()) == recipe
+        assert Rule("*", None, types=recipe.to_dict()["rules"][0]["types"]) == recipe.rules[0]
+
+    def test_numbers_of_numpy_become_plain(self) -> None:
+        """A checkpoint with others would not load with ``weights_only=True``."""
+        spec = QuantizerSpec(Int(4), scale=Percentile(np.float64(99.0)))
+        data = Recipe((Rule("*", LayerSpec(spec)),)).to_dict()
+        assert yaml.safe_load(yaml.safe_dump(data)) == data
 
     def test_nothing_is_imported(self) -> None:
         data = Recipe((Rule("*", None, types=(Unreachable,)),)).to_dict()
@@ -154,6 +183,7 @@ class TestRule:
             ({"match": None}, r"Rule: match=None is not a glob"),
             ({"spec": Int(4)}, r"Rule\('x'\): spec=Int\(bits=4.*\) is neither a LayerSpec nor None"),
             ({"types": nn.Linear}, r"Rule\('x'\): types=<class .*> is not a tuple of module types, such as \(nn\.Emb"),
+            ({"types": ()}, r"Rule\('x'\): types=\(\) is not a tuple of module types"),
             ({"types": (int,)}, r"Rule\('x'\): types=\(<class 'int'>,\) is not a tuple of module types"),
         ],
     )

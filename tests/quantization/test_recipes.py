@@ -148,6 +148,10 @@ class TestErrors:
         with pytest.raises(ValueError, match=r"'int5' is not a recipe; choose one of .*; did you mean 'int[0-9]'\?"):
             recipes.named("int5")
 
+    def test_no_name(self) -> None:
+        with pytest.raises(ValueError, match=r"\['int4'\] is not a recipe; choose one of"):
+            recipes.named(["int4"])  # type: ignore[arg-type]
+
     def test_nothing_near(self) -> None:
         with pytest.raises(ValueError, match=r"choose one of binary, bitnet, .*, w8a8$"):
             recipes.named("qqqqqqqq")
