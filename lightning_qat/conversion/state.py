@@ -102,7 +102,16 @@ def refresh_scales(model: nn.Module) -> None:
 
 def refresh_after_load(module: nn.Module, incompatible_keys: Any) -> None:
     """Post-hook of ``load_state_dict``; a module-level function, so that models pickle."""
+    _follow_from_meta(module)
     refresh_scales(module)
+
+
+def _follow_from_meta(module: nn.Module) -> None:
+    """Take what prepare() added from the meta device, where ``load_state_dict(assign=True)`` took only the weight."""
+    for name, child in module._modules.items():
+        ours = isinstance(child, FakeQuantizer) or name == TRANSFORMS
+        if child is not None and ours and any(t.is_meta for t in (*child.parameters(), *child.buffers())):
+            child.to_empty(device=settled(module, view_names(module)[0]).device)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from torch.nn.utils import spectral_norm as old_spectral_norm
 from torch.nn.utils import weight_norm as old_weight_norm
 
 from lightning_qat import (
+    Hadamard,
     HalfInt,
     Int,
     LayerSpec,
@@ -24,6 +25,7 @@ from lightning_qat import (
     Recipe,
     Rule,
     bake,
+    calibrate,
     codes,
     prepare,
     recipes,
@@ -389,6 +391,23 @@ class TestMeta:
         model.load_state_dict(source.state_dict(), assign=True)
         x = torch.randn(2, 6)
         assert torch.equal(model(x), source(x))
+
+    @pytest.mark.parametrize("quantized", [False, True])
+    @pytest.mark.parametrize("transforms", [(), (Hadamard(1),)])
+    def test_assigning_load_of_what_is_lacking(self, transforms: tuple[Hadamard, ...], quantized: bool) -> None:
+        """Scales in a float checkpoint, signs of a rotation in any: they would stay on meta."""
+        spec = LayerSpec(QuantizerSpec(Int(4, symmetric=False), gradient=LearnedSoft()), LEARNED_INPUT, transforms)
+        expected = nn.Linear(8, 4)
+        with torch.device("meta"):
+            model = nn.Linear(8, 4)
+        prepare(model, recipe_for(spec))
+        state = expected.state_dict()
+        prepare(expected, recipe_for(spec))
+        calibrate(expected, [torch.randn(5, 8)])
+        model.load_state_dict(expected.state_dict() if quantized else state, assign=True)
+        assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+        assert torch.equal(model.weight, expected.weight)
+        assert model.input_quantizer.calibrated is quantized
 
     def test_initializing_after_to_empty(self) -> None:
         with torch.device("meta"):
