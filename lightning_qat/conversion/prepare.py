@@ -13,6 +13,7 @@ from lightning_qat.conversion.inputs import ARGUMENTS, quantize_inputs
 from lightning_qat.conversion.nested import keep_padded
 from lightning_qat.conversion.plan import Decision, Weight, applicable, joined, plan
 from lightning_qat.conversion.report import ConversionReport
+from lightning_qat.conversion.rules import rule_problems
 from lightning_qat.conversion.sharding import is_sharded
 from lightning_qat.conversion.state import (
     PreparedState,
@@ -85,10 +86,13 @@ def prepare(model: nn.Module, recipe: Recipe, *, arithmetic: str = "auto") -> Co
         ValueError: a rule of the recipe without effect, a spec that does not fit its layer, another recipe than the
             one the model is prepared by, or layers of peft (:func:`~lightning_qat.adopt_peft` takes those).
         TypeError: a model or recipe of the wrong kind.
+
+    After one of these errors the model is as it was.
     """
-    report = convert(model, recipe, arithmetic=arithmetic)
-    report.check()
-    return report
+    _check_arguments(model, recipe, arithmetic)
+    _check_prepared(model, recipe, arithmetic)
+    ConversionReport((), rule_problems(recipe.rules, layers(model))).check()
+    return convert(model, recipe, arithmetic=arithmetic)
 
 
 @torch.inference_mode(False)  # scales that are born in it could never train

@@ -34,6 +34,15 @@ class TestErrors:
     def test_no_layer_with_the_nearest_names(self) -> None:
         assert problem(Rule("haed", INT8)) == "Rule('haed', ...): matches no layer; did you mean 'head'?"
 
+    def test_the_model_stays_as_it_was(self) -> None:
+        """A corrected recipe is not refused as another one than that of the first try."""
+        network = model()
+        before = str(network)
+        with pytest.raises(ValueError, match="did you mean 'head'"):
+            prepare(network, Recipe((Rule("haed", INT8), *recipes.int4().rules)))
+        assert str(network) == before
+        assert prepare(network, Recipe((Rule("head", INT8), *recipes.int4().rules))).share("quantized") > 0
+
     def test_no_layer_and_nothing_similar(self) -> None:
         message = problem(Rule("zzz", None))
         assert message == (
