@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 
-from lightning_qat.conversion.view import ADAPTER_SUFFIX, INPUT_QUANTIZER, QUANTIZER_SUFFIX
+from lightning_qat.conversion.view import ADAPTER_SUFFIX, INPUT_QUANTIZER, QUANTIZER_SUFFIX, view_names
 from lightning_qat.quantization.granularity import Layout
 from lightning_qat.quantization.recipe import CONVOLUTIONS
 
@@ -19,6 +19,7 @@ _PACKED: Final = ("in_proj_weight",)
 _SEPARATE: Final = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 _CELL: Final = ("weight_ih", "weight_hh")
 _TOKENS: Final = Layout(None, 1)
+_FLOATS: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 QUANTIZER_NAMES: Final = frozenset(
     [INPUT_QUANTIZER, *(name + QUANTIZER_SUFFIX for name in ("weight", *_PACKED, *_SEPARATE, *_CELL))]
@@ -100,9 +101,14 @@ def obstacle(module: nn.Module) -> str | None:
         return "sparse gradients cannot pass the quantizer; use sparse=False"
     if isinstance(module, torch.jit.ScriptModule):
         return "TorchScript has compiled how it reads its weights"
-    if slots_of(module) is None:
+    slots = slots_of(module)
+    if slots is None:
         return f"{type(module).__name__} has no weight matrix that we know"
-    return None
+    if view_names(module):  # with LoRA, it holds codes of our own
+        return None
+    kinds = [parameter.dtype for slot in slots.names for parameter in covered_parameters(module, slot)]
+    others = [kind for kind in kinds if kind not in _FLOATS]
+    return f"its weight is in {others[0]}, not in floating point of 16 bits or more" if others else None
 
 
 def covered_parameters(module: nn.Module, name: str) -> list[nn.Parameter]:

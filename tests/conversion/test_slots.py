@@ -190,6 +190,18 @@ def test_recurrent_cells(kind: Callable[[int, int], nn.Module]) -> None:
     torch.testing.assert_close(cell(x), plain(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.complex64, torch.float8_e4m3fn])
+def test_weights_of_other_dtypes_are_reported(dtype: torch.dtype) -> None:
+    """As of layers that somebody else has quantized: codes are no weights."""
+    packed = nn.Linear(4, 4)
+    packed.weight = nn.Parameter(packed.weight.detach().to(dtype), requires_grad=False)
+    rows = {row.name: row for row in prepare(nn.Sequential(packed, nn.Linear(4, 4)), recipe_for(LayerSpec(WEIGHT)))}
+    assert rows["0.weight"].decision == "unsupported"
+    assert rows["0.weight"].detail == f"its weight is in {dtype}, not in floating point of 16 bits or more"
+    assert rows["1.weight"].decision == "quantized"
+    assert packed.weight is packed._parameters["weight"]
+
+
 @pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU])
 def test_recurrent_layers_are_reported(kind: Callable[[int, int], nn.Module]) -> None:
     model = nn.ModuleDict({"recurrent": kind(4, 3), "head": nn.Linear(3, 2)})
