@@ -21,6 +21,7 @@ from lightning_qat.functional.softening import softened
 from lightning_qat.quantization.gradient import TEMPERATURE_RANGE, LearnedSoft
 from lightning_qat.quantization.granularity import Layout
 from lightning_qat.quantization.grid import Grid, decode_grid
+from lightning_qat.quantization.loading import layer_is_left_out
 from lightning_qat.quantization.observer import Observer
 from lightning_qat.quantization.scale import Bounds, Learned, MovingAverage
 from lightning_qat.quantization.spec import QuantizerSpec
@@ -338,7 +339,7 @@ class FakeQuantizer(nn.Module):
         if not isinstance(state_dict.get(extra), Tensor):
             if extra in state_dict and not prefix:  # Lightning loads shards tensor by tensor, in place: this is loaded
                 self.calibrated, self.stale = True, False
-            else:
+            elif not (prefix and layer_is_left_out(prefix, args[2])):
                 self.reset()
             return
         for name in self.state_dict():  # a checkpoint in 16 bits, assigned instead of copied, would change the dtype

@@ -1,10 +1,12 @@
 """Checkpoints across the border between float and quantized models."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 from lightning_qat import Int, LayerSpec, QuantizerSpec, Rule, calibrate, load_checkpoint, prepare, recipes
 from lightning_qat.conversion.calibrate import uncalibrated
@@ -108,6 +110,28 @@ class TestFloatCheckpoint:
         source, plain = network(), network()
         load_checkpoint(plain, saved(source, tmp_path))
         assert torch.equal(plain(X), source(X))
+
+
+def _as_it_is(layer: nn.Module) -> nn.Module:
+    return layer
+
+
+@pytest.mark.parametrize("norm", [_as_it_is, parametrizations.weight_norm])
+def test_a_part_of_a_float_checkpoint(norm: Callable[[nn.Module], nn.Module]) -> None:
+    """Layers that it leaves out keep their trained scales; those of loaded ones belong to other weights."""
+    model = nn.Sequential(norm(nn.Linear(6, 8)), nn.MultiheadAttention(8, 2), nn.Linear(8, 4))
+    given = {f"2.{key}": value for key, value in nn.Linear(8, 4).state_dict().items()}
+    prepare(model, recipe_for(LayerSpec(QuantizerSpec(Int(4)), LEARNED_INPUT)))
+    calibrate(model, [torch.randn(3, 6)], lambda m, x: m[2](m[1](*[m[0](x)] * 3)[0]))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    before = {key: value.clone() for key, value in model.state_dict().items() if key.endswith(".scale")}
+    model.load_state_dict(given, strict=False)
+    after = model.state_dict()
+    assert all(torch.equal(after[key], before[key]) for key in before if not key.startswith("2."))
+    assert list(uncalibrated(model)) == ["2.input_quantizer"]
+    assert not torch.equal(after["2.weight_quantizer.scale"], before["2.weight_quantizer.scale"])
 
 
 class TestErrors:
