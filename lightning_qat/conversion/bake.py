@@ -91,12 +91,15 @@ def bake(model: _Module) -> _Module:
     with quantized inputs carry a child ``baked_input`` that quantizes them in plain operations.
 
     Raises:
-        ValueError: if the model is not prepared, is sharded, or an input scale was never calibrated.
+        ValueError: if the model is not prepared or has no quantized layer, is sharded, or an input scale was never
+            calibrated.
     """
     _check_whole(model)
     if any(CODES in vars(module) or BAKED_INPUT in module._modules for module in model.modules()):
         raise ValueError(f"{type(model).__name__} is baked already")
     if not any(is_view(module) or ARGUMENTS in vars(module) for module in model.modules()):
+        if prepared_state(model) is not None:
+            raise ValueError(f"{type(model).__name__} has no layer that its recipe quantizes; see the report")
         raise ValueError(f"{type(model).__name__} is not prepared; call prepare(model, recipe) before bake()")
     for name, module in model.named_modules():
         quantizer = module._modules.get(INPUT_QUANTIZER)

@@ -318,6 +318,13 @@ def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
 
 
 class TestErrors:
+    def test_model_without_a_layer_for_its_recipe(self) -> None:
+        """It is prepared: to be told to prepare it would lead nowhere."""
+        model = nn.Sequential(nn.LayerNorm(4), nn.LSTM(4, 4))
+        prepare(model, recipes.int4())
+        with pytest.raises(ValueError, match=r"Sequential has no layer that its recipe quantizes; see the report"):
+            bake(model)
+
     def test_plain_model(self) -> None:
         with pytest.raises(ValueError, match=r"Sequential is not prepared; call prepare\(model, recipe\) before bake"):
             bake(network())
