@@ -296,9 +296,10 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if not ctx.saved_tensors:
+        saved = ctx.saved_tensors  # once: activation checkpointing refuses to unpack a tensor again
+        if not saved:
             return (grad, *(None,) * 9)
-        x, scale, zero_point, temperature, lo, hi = ctx.saved_tensors
+        x, scale, zero_point, temperature, lo, hi = saved
         needs = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]
         setting = Setting(scale, zero_point, temperature, lo, hi, ctx.rounding, ctx.rule, ctx.learned)
         grad_x, grad_scale, grad_temperature = setting.not_before(grad).gradients(grad, x, needs)

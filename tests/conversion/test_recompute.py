@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_qat import add_lora, bake, prepare, recipes
+from lightning_qat import Recipe, add_lora, bake, prepare, recipes
 from lightning_qat.conversion import keep_activations, recompute_activations
 from lightning_qat.models import Transformer
 
@@ -67,6 +67,16 @@ def test_the_same_numbers_with_less_kept(build: Callable[[], nn.Module]) -> None
     for expected, found in zip(step(plain), step(saving), strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
     assert kept(saving) < 0.6 * kept(plain)
+
+
+@pytest.mark.parametrize("recipe", [recipes.int4(), recipes.bitnet()])
+@pytest.mark.parametrize("layer", [nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), nn.Conv1d(6, 6, 1)])
+def test_layers_without_a_fused_forward(layer: nn.Module, recipe: Recipe) -> None:
+    plain = nn.Sequential(nn.Sequential(copy.deepcopy(layer)), nn.Linear(16, 4))
+    prepare(plain, recipe)
+    recompute_activations(saving := copy.deepcopy(plain), "0")
+    for expected, found in zip(step(plain), step(saving), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def test_the_outermost_recomputes_and_again_is_a_no_op() -> None:
