@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_qat.conversion.calibrate import default_forward
 from lightning_qat.conversion.sharding import is_sharded
+from lightning_qat.conversion.slots import slots_of
 from lightning_qat.conversion.state import layers, prepared_state, refresh_scales
 from lightning_qat.conversion.undisturbed import eagerly, evaluating, undisturbed_loaders, undisturbed_randomness
 from lightning_qat.conversion.view import TRANSFORMS, adapter, base_class, is_view, view_names, weight_quantizer
@@ -57,8 +58,9 @@ def gptq(
     Each latent weight moves just as far as it must to round to its new level, so that training goes on from weights
     close to the trained ones. Layers are rounded in ``rounds`` groups, in the order of the model; each group sees the
     inputs that quantized earlier groups give. Left as they are: layers other than ``nn.Linear``, scales that are
-    recomputed (AbsMax, AbsMean: they would move with the weights), transforms, shared and sharded weights, and weights
-    with LoRA adapters that are stored in fewer bits or whose adapters have trained.
+    recomputed (AbsMax, AbsMean: they would move with the weights), transforms, shared and sharded weights, weights with
+    LoRA adapters that are stored in fewer bits or whose adapters have trained, and the output projection of
+    ``nn.MultiheadAttention``, which is read without a forward, so that its inputs are out of reach.
 
     The model runs in evaluation mode without gradients; random numbers and loaders are undisturbed, see
     :func:`calibrate`. All processes of a distributed run end with equal weights, found from the data of all. It costs
@@ -125,6 +127,9 @@ def _qualifies(module: nn.Module, owners: dict[int, int]) -> bool:
         return False
     weight, base = module._parameters.get("weight"), base_class(type(module))
     if base.forward is not nn.Linear.forward or weight is None or is_sharded(weight) or weight.is_meta:
+        return False
+    known = slots_of(module)
+    if known is None or known.unreachable:
         return False
     return weight_quantizer(module, "weight").stored and owners[id(weight)] == 1 and _is_whole(module)
 

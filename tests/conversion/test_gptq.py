@@ -94,6 +94,15 @@ def test_layers_left_alone() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_attention_keeps_its_output_projection() -> None:
+    """Its weight is read without a forward, so that nobody sees its inputs."""
+    model = nn.TransformerEncoderLayer(FEATURES, 2, 8, batch_first=True)
+    prepare(model, recipes.int4())
+    before = {name: value.clone() for name, value in model.self_attn.state_dict().items()}
+    assert list(gptq(model, [data().view(16, 16, FEATURES)])) == ["linear1", "linear2"]
+    assert all(torch.equal(value, before[name]) for name, value in model.self_attn.state_dict().items())
+
+
 def test_no_trace_but_the_weights() -> None:
     model = nn.Sequential(nn.Linear(FEATURES, 8), nn.Dropout(0.5), nn.BatchNorm1d(8), nn.Linear(8, 2)).train()
     prepare(model, recipes.int3())
