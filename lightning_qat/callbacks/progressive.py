@@ -83,6 +83,8 @@ class ProgressiveBitWidth(pl.Callback):
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         if trainer.ckpt_path is not None:  # the length of the run is not known before, see run_length()
             self._begin(trainer, pl_module)
+            if self.unit == "epoch":  # a run resumed after the last batch of an epoch starts none before its batches
+                self._apply(trainer, pl_module)
 
     @override
     def on_train_epoch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:

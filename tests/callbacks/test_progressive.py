@@ -14,7 +14,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from lightning_qat import Binary, Calibration, Int, ProgressiveBitWidth, QATCallback, Recipe, Ternary, recipes
-from lightning_qat.callbacks import PlateauBitWidth
+from lightning_qat.callbacks import GradualQuantization, PlateauBitWidth
 from lightning_qat.callbacks.bit_width import forget_state
 from lightning_qat.schedules import ByFraction, Linear
 from tests.callbacks._models import (
@@ -181,6 +181,26 @@ def test_resume_at_any_step_is_identical(stop: int, recipe: Recipe, tmp_path: Pa
     whole, resumed = Net(), Net(seed=1)
     run(whole)
     run(resumed, ckpt=tmp_path / f"step={stop}.ckpt")
+    assert_equal_states(state(resumed), state(whole))
+
+
+@pytest.mark.parametrize("stop", [3, 4, 5, 8])
+def test_resume_around_the_end_of_an_epoch_is_identical(stop: int, tmp_path: Path) -> None:
+    """After a checkpoint of the last batch, Lightning begins the next epoch without on_train_epoch_start."""
+
+    def run(model: Net, **options: Any) -> list[str]:
+        grids = Grids()
+        schedule = ProgressiveBitWidth({0: 8, 1: 4, 2: 2})
+        saves = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1,
+                                enable_version_counter=False)  # fmt: skip
+        callbacks = (GradualQuantization(1.0, most_levels=16), QATCallback(recipes.int2()), schedule, grids, saves)
+        fit(model, *callbacks, train=StatefulLoader(list(loader())), max_epochs=3, **options)
+        return grids.seen
+
+    whole, resumed = Net(), Net(seed=1)
+    seen = run(whole)
+    assert seen == ["int8"] * 4 + ["int4"] * 4 + ["int2"] * 4
+    assert run(resumed, ckpt=tmp_path / f"step={stop}.ckpt") == seen[stop:]
     assert_equal_states(state(resumed), state(whole))
 
 
