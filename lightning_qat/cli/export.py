@@ -1,7 +1,6 @@
 """`lightning-qat-export CHECKPOINT format=...`: a checkpoint of quantized training, exported and verified."""
 
 import importlib.resources
-import pickle
 import sys
 from itertools import islice
 from pathlib import Path
@@ -118,9 +117,12 @@ def load_trained(cfg: DictConfig, checkpoint: Path) -> L.LightningModule:
 
 def _read(checkpoint: Path) -> dict[str, Any]:
     try:
-        saved: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{checkpoint}: cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
+        saved: Any = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever the bytes of another or damaged file make of a pickle
+        reason = (str(error).splitlines() or [""])[0]
+        raise ValueError(f"{checkpoint}: cannot be read as a checkpoint: {type(error).__name__}: {reason}") from error
+    if not isinstance(saved, dict):
+        raise ValueError(f"{checkpoint}: cannot be read as a checkpoint: it holds a {type(saved).__name__}")
     return saved
 
 
@@ -138,7 +140,7 @@ def export_checkpoint(path: Path, overrides: list[str]) -> ExportReport:
     cfg = export_config(checkpoint, overrides)
     options: dict[str, Any] = dict(cfg.options)
     backend = backend_for(cfg.format, options)
-    output = Path(cfg.output) if cfg.output else checkpoint.with_name(f"{checkpoint.stem}{backend.suffix}")
+    output = Path(str(cfg.output)) if cfg.output else checkpoint.with_name(f"{checkpoint.stem}{backend.suffix}")
     if output.resolve() == checkpoint.resolve():
         raise ValueError(f"{output}: is the checkpoint, which the artifact would replace; give output=ANOTHER_NAME")
     check_name(output, backend)

@@ -50,8 +50,8 @@ def load_checkpoint(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a file without a state_dict; ``quantized=True`` with a checkpoint that holds no recipe; a prepared
-            module with another recipe than the checkpoint's.
+        ValueError: a damaged file, or one without a state_dict; ``quantized=True`` with a checkpoint that holds no
+            recipe; a prepared module with another recipe than the checkpoint's.
         RuntimeError: keys that do not fit (``load_state_dict``).
     """
     checkpoint = _read(path, weights_only)
@@ -82,6 +82,8 @@ def _read(path: str | Path, weights_only: bool) -> dict[str, Any]:
             f"load_checkpoint: {path} holds more than tensors and plain data, or is no checkpoint; if you trust it, "
             f"pass weights_only=False ({str(error).splitlines()[0]})"
         ) from error
+    except Exception as error:  # whatever the bytes of another or damaged file make of a pickle
+        raise ValueError(f"load_checkpoint: {path} is no checkpoint, or a damaged one ({error!r})") from error
     if not isinstance(checkpoint, dict):
         raise ValueError(
             f"load_checkpoint: {path} holds a {type(checkpoint).__name__}, not a state_dict or a Lightning checkpoint"

@@ -68,6 +68,9 @@ def test_checkpoint_of_another_program(
     [
         (["missing.ckpt"], ["missing.ckpt: no checkpoint"]),
         (["damaged.ckpt", "model._target_=torch.nn.Linear"], ["damaged.ckpt: cannot be read as a checkpoint"]),
+        (["text.ckpt", "model._target_=torch.nn.Linear"], ["text.ckpt: cannot be read as a checkpoint"]),
+        (["empty.ckpt", "model._target_=torch.nn.Linear"], ["empty.ckpt: cannot be read as a checkpoint"]),
+        (["list.ckpt", "model._target_=torch.nn.Linear"], ["list.ckpt: cannot be read", "it holds a list"]),
         (["their.ckpt"], ["model._target_=package.module.Class"]),
         (["their.ckpt", "fromat=onnx"], ["fromat: no such key", "Did you mean format?"]),
         (["their.ckpt", "format=safetensor"], ["format='safetensor' is unknown", "did you mean 'safetensors'?"]),
@@ -92,7 +95,10 @@ def test_mistakes(
 ) -> None:
     torch.save({}, tmp_path / "their.ckpt")
     shutil.copy(tmp_path / "their.ckpt", tmp_path / "state.safetensors")
+    torch.save([], tmp_path / "list.ckpt")
     (tmp_path / "damaged.ckpt").write_bytes(b"not a checkpoint")
+    (tmp_path / "text.ckpt").write_text("hello world\n")  # bytes that a pickle stumbles over in its own way
+    (tmp_path / "empty.ckpt").touch()
     monkeypatch.setattr(sys, "argv", ["lightning-qat-export", *arguments])
     with pytest.raises(SystemExit) as exit_:
         main()

@@ -153,6 +153,13 @@ class TestErrors:
         with pytest.raises(RuntimeError, match="Missing key"):
             load_checkpoint(nn.Linear(2, 2), saved(network(), tmp_path))
 
+    @pytest.mark.parametrize("weights_only", [True, False])
+    @pytest.mark.parametrize("content", [b"hello world\n", b"junk\n", b"", b"PK\x03\x04 cut off"])
+    def test_damaged(self, content: bytes, weights_only: bool, tmp_path: Path) -> None:
+        (tmp_path / "damaged.ckpt").write_bytes(content)
+        with pytest.raises(ValueError, match=r"damaged\.ckpt (is|holds more than .* or is) no checkpoint"):
+            load_checkpoint(network(), tmp_path / "damaged.ckpt", weights_only=weights_only)
+
     def test_whole_model(self, tmp_path: Path) -> None:
         torch.save(network(), tmp_path / "model.pt")
         with pytest.raises(ValueError, match=r"holds more than tensors and plain data, .* pass weights_only=False"):
