@@ -68,6 +68,8 @@ def explain(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, OmegaConfBaseException):
         return str(error).splitlines()[0]
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
     if "Config group override must be a string or a list" in str(error):
         return "GROUP=null: a group takes the name of an option; leave it out with ~GROUP"
     return str(error) if _is_for_users(error) else None
@@ -102,17 +104,27 @@ def _missing_config(error: MissingConfigException) -> str:
 def _unknown_key(key: str, parent: DictConfig) -> str:
     """Tell keys of the node from arguments of its target that the configuration does not list."""
     present = [str(name) for name in parent if not str(name).startswith("_")]
-    name = key.rpartition(".")[2]
-    arguments = _arguments(OmegaConf.select(parent, "_target_"))
+    node, _, name = key.rpartition(".")
+    target = _target(node, parent)
+    arguments = _arguments(target)
     if name in arguments:
         return f"{key}: the configuration does not list this argument; add it with +{key}=..."
     if "." not in key:
         return _unknown(key, {*present, *_groups()}, what="key or group")
     more = sorted(set(arguments) - set(present))
     hint = nearest(name, [*present, *more])
-    node = key.rpartition(".")[0]
-    added = f" Other arguments of {OmegaConf.select(parent, '_target_')}: +{node}.NAME=VALUE." if more else ""
-    return f"{key}: no such key; choose from {', '.join(present)}.{hint}{added}"
+    added = f" Other arguments of {target}: +{node}.NAME=VALUE." if more else ""
+    added = f" Options of the format: +{node}.NAME=VALUE." if node == "export" else added
+    choice = f"; choose from {', '.join(present)}" if present else ""
+    return f"{key}: no such key{choice}.{hint}{added}"
+
+
+def _target(key: str, node: DictConfig) -> Any:
+    """Return what a node builds; of the nodes in ``float`` and ``qat``, what the node that they change does."""
+    stage, _, changed = key.partition(".")
+    if stage in ("float", "qat") and changed:
+        return OmegaConf.select(node._get_root(), f"{changed}._target_")
+    return OmegaConf.select(node, "_target_")
 
 
 def _arguments(target: Any) -> list[str]:

@@ -25,6 +25,7 @@ from lightning_qat.cli.build import (
     build_stage,
     stage_config,
 )
+from lightning_qat.cli.checks import check_values
 from lightning_qat.cli.float_cache import float_key, write_atomically
 from lightning_qat.cli.results import Measurement, num_bytes, test_metrics
 from lightning_qat.conversion import ConversionReport, bake, calibrate, load_checkpoint, prepare
@@ -91,8 +92,9 @@ def check_early(cfg: DictConfig) -> None:
 
     Raises:
         InstantiationException: a callback objects to its arguments.
-        ValueError: the recipe does not fit the model, or there is no such format of export.
+        ValueError: a value that is not allowed, a recipe that does not fit the model, no such format of export.
     """
+    check_values(cfg)
     backend_for(cfg.export.format, export_options(cfg))
     build_callbacks(stage_config(cfg, QAT))
     convert(build(cfg.model), build(cfg.recipe))

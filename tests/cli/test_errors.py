@@ -52,6 +52,10 @@ def message(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
         ("recipe=[int4", ["'recipe=[int4' cannot be read"]),
         ("trainer.limit_train_batch=1", ["Did you mean limit_train_batches?"]),
         ("logger=null", ["leave it out with ~GROUP"]),
+        ("float.model.hidden_size=8", ["does not list this argument", "+float.model.hidden_size="]),
+        ("float.model.hiden_size=8", ["no such key. Did you mean hidden_size?", "+float.model.NAME=VALUE"]),
+        ("qat.model.hiden_size=8", ["choose from learning_rate", "Did you mean hidden_size?"]),
+        ("export.opset=23", ["export.opset: no such key", "Options of the format: +export.NAME=VALUE"]),
         ("-m", ["recipe=int5", "Did you mean int"]),
     ],
 )
@@ -118,9 +122,21 @@ def test_bugs_keep_their_trace() -> None:
           "+callbacks.regularization.penalties=[{_target_: lightning_qat.Penalty, loss: {_target_: "
           "lightning_qat.losses.sparsity}}]"],
          "penalties[0].loss: sparsity() missing 1 required positional argument: 'latent'; give them, or add _partial_"),
+        (["seed=abc"], "seed='abc' is not allowed; choose an integer from 0 to 4294967295"),
+        (["seed=-1"], "seed=-1 is not allowed"),
+        (["trainer.max_epochs=many"], "trainer.max_epochs='many' is not allowed; expected int, or null"),
+        (["data.batch_size=x"], "data.batch_size='x' is not allowed; expected int"),
+        (["qat.model.learning_rate=fast"], "qat.model.learning_rate='fast' is not allowed; expected float"),
+        (["data=text", "model.tie_embeddings=sure"], "model.tie_embeddings='sure' is not allowed; expected bool"),
+        (["+qat.trainer.max_steeps=3"], "qat.trainer.max_steeps: no such argument; choose from "),
+        (["report.metrics.accuracy=maxi"], "report.metrics.accuracy='maxi' is not allowed; choose min or max"),
+        (["report.metrics=null"], "report.metrics=None is not allowed; give metrics by name"),
+        (["float.checkpoint=/no.ckpt"], "float.checkpoint='/no.ckpt' is not a file"),
+        (["qat.checkpoint=/no.ckpt"], "qat.checkpoint='/no.ckpt' is not a file; give a checkpoint, or null for none"),
+        (["output_dir=/dev/null/x"], "/dev/null/x: Not a directory"),
     ],
 )  # fmt: skip
-def test_callbacks_object_before_anything_is_trained(
+def test_mistakes_come_up_before_anything_is_trained(
     overrides: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:  # fmt: skip
