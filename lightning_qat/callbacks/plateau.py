@@ -74,6 +74,8 @@ class PlateauBitWidth(pl.Callback):
     @override
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         self.bit_width.forget()
+        if stage == "fit" and trainer.global_step == 0:  # of another run; a checkpoint brings its own after this hook
+            self._stage, self._best, self._num_bad = 0, math.inf, 0
 
     @override
     def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:

@@ -308,6 +308,17 @@ def test_a_plateau_resumes_identically(stop: int, tmp_path: Path) -> None:
     assert_equal_states(state(resumed), state(whole))
 
 
+def test_a_plateau_of_a_second_fit_starts_anew_and_a_continued_one_goes_on() -> None:
+    trigger, first, second = plateau(), Grids(), Grids()
+    fit(Net(), QATCallback(recipes.int2()), trigger, first, val=loader(8), max_epochs=4)
+    model = Net()
+    again = fit(model, QATCallback(recipes.int2()), trigger, second, val=loader(8), max_epochs=3)
+    assert (first.seen[::4], second.seen[::4]) == (["int8", "int8", "int4", "int4"], ["int8", "int8", "int4"])
+    again.fit_loop.max_epochs = 5
+    again.fit(model, loader(), loader(8))
+    assert second.seen[::4] == ["int8", "int8", "int4", "int4", "int2"]
+
+
 def test_plateau_errors() -> None:
     with pytest.raises(ValueError, match="give at least two"):
         PlateauBitWidth((8,), monitor="val_loss")
