@@ -90,6 +90,11 @@ class QuantizationStatistics(pl.Callback):
         self._oscillation.load_state_dict(state_dict["oscillation"])
 
     @override
+    def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
+        if stage == "fit" and trainer.global_step == 0:  # of another run; a checkpoint brings its own after this hook
+            self.history, self._oscillation, self._warned = History(), Oscillation(self.oscillation_samples), set()
+
+    @override
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         found = slots(pl_module)
         if not found:

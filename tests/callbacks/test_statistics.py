@@ -324,6 +324,16 @@ def test_warnings_once_per_layer(how: str, message: str) -> None:
     assert len([w for w in caught if "QuantizationStatistics" in str(w.message)]) == 1
 
 
+def test_a_second_fit_has_a_page_and_warnings_of_its_own() -> None:
+    statistics = QuantizationStatistics(1, oscillation_samples=4)
+    for seed in range(2):
+        model = Net(seed=seed, optimizer=sgd(0.0))
+        with pytest.warns(UserWarning, match="QuantizationStatistics") as caught:
+            fit(model, QATCallback(recipes.int4()), broken("dead"), statistics, max_epochs=2)
+        assert len([w for w in caught if "QuantizationStatistics" in str(w.message)]) == 1
+        assert statistics.history.steps == list(range(8))
+
+
 def test_oscillation_is_advised_on() -> None:
     values = {"entropy": 3.0, "clip_rate": 0.1, "oscillation_rate": 0.7}
     ((problem, sentence),) = advice("fc/weight", values, Bounds())
