@@ -13,6 +13,7 @@ from lightning_qat.callbacks.allocation_figure import draw_allocation, markdown
 from lightning_qat.callbacks.attachment import own_method
 from lightning_qat.callbacks.batches import check_loaders, flattened, named_loaders, prepared_batches
 from lightning_qat.callbacks.bit_width import BitWidth, averaged_models
+from lightning_qat.callbacks.run_length import is_resumed
 from lightning_qat.callbacks.running import call_module, num_positional
 from lightning_qat.callbacks.tensorboard import writers
 from lightning_qat.callbacks.untouched import without_trace
@@ -126,7 +127,7 @@ class BitAllocation(pl.Callback):
     @override
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         self.bit_width.check(trainer, pl_module, self.candidates)
-        if trainer.ckpt_path is not None:
+        if is_resumed(trainer):
             return  # the grids come with the weights
         _refuse_shards(trainer)
         try:

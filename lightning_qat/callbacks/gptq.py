@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from lightning_qat.callbacks.attachment import averaged_models
 from lightning_qat.callbacks.batches import check_loaders, flattened, named_loaders, prepared_batches
+from lightning_qat.callbacks.run_length import is_resumed
 from lightning_qat.callbacks.running import Forward, find_forward
 from lightning_qat.callbacks.untouched import without_trace
 from lightning_qat.conversion.gptq import Compensated, check_arguments, compensable, gptq
@@ -76,7 +77,7 @@ class GPTQ(pl.Callback):
 
     @override
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        if trainer.ckpt_path is not None:
+        if is_resumed(trainer):
             return  # the weights come from the checkpoint
         strategy = type(trainer.strategy).__name__
         if strategy in _SHARDING:

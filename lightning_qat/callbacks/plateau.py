@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from lightning_qat.callbacks.bit_width import BitWidth
+from lightning_qat.callbacks.run_length import is_resumed
 from lightning_qat.schedules import Precision
 
 
@@ -84,7 +85,7 @@ class PlateauBitWidth(pl.Callback):
     @override
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         self.bit_width.check(trainer, pl_module, self.stages)
-        if trainer.ckpt_path is None:
+        if not is_resumed(trainer):
             self.bit_width.set(trainer, pl_module, self.stages[self._stage])
 
     @override

@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 from typing_extensions import override
 
 from lightning_qat.callbacks.bit_width import BitWidth
-from lightning_qat.callbacks.run_length import run_length
+from lightning_qat.callbacks.run_length import is_resumed, run_length
 from lightning_qat.schedules import Change, Precision, Schedule, as_schedule
 
 
@@ -75,13 +75,13 @@ class ProgressiveBitWidth(pl.Callback):
 
     @override
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        if trainer.ckpt_path is None:  # else the grids come with the checkpoint, with FSDP after this hook
+        if not is_resumed(trainer):  # else the grids come with the checkpoint, with FSDP after this hook
             self._begin(trainer, pl_module)
             self._apply(trainer, pl_module)
 
     @override
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        if trainer.ckpt_path is not None:  # the length of the run is not known before, see run_length()
+        if is_resumed(trainer):  # the length of the run is not known before, see run_length()
             self._begin(trainer, pl_module)
             if self.unit == "epoch":  # a run resumed after the last batch of an epoch starts none before its batches
                 self._apply(trainer, pl_module)

@@ -1,6 +1,19 @@
-"""How long a run will be, and how much of it is done."""
+"""How long a run will be, how much of it is done, and whether it goes on from a checkpoint."""
+
+from pathlib import Path
+from typing import Final
 
 import lightning.pytorch as pl
+
+_TUNERS: Final = (".lr_find_", ".scale_batch_size_")
+
+
+def is_resumed(trainer: "pl.Trainer") -> bool:
+    """Whether a run goes on from a checkpoint of the user.
+
+    ``LearningRateFinder`` and ``BatchSizeFinder`` restore one of their own at fit start, and its path stays.
+    """
+    return trainer.ckpt_path is not None and not Path(str(trainer.ckpt_path)).name.startswith(_TUNERS)
 
 
 def run_length(trainer: "pl.Trainer", unit: str) -> float | None:

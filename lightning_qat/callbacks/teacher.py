@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_qat.callbacks.attachment import detach
 from lightning_qat.callbacks.capture import capturing_features
+from lightning_qat.callbacks.run_length import is_resumed
 from lightning_qat.conversion.checkpoint import load_checkpoint
 from lightning_qat.conversion.undo import unprepare
 
@@ -71,7 +72,7 @@ class Teacher:
         """
         known = self._student is None or self._student() is pl_module
         if self.module is None or not known:
-            if self.source is None and pl_module.trainer.ckpt_path is not None and "weights" not in self._restored:
+            if self.source is None and is_resumed(pl_module.trainer) and "weights" not in self._restored:
                 rank_zero_warn(
                     "Distillation: the checkpoint holds no teacher, because it was written without Distillation(); the "
                     "teacher is a copy of the weights in the checkpoint. Pass teacher= the float model if it is not."
