@@ -106,15 +106,21 @@ def check_resumed(stored: dict[str, Any] | None, given: dict[str, Any]) -> None:
             )
 
 
-def check_averaging(callbacks: list[Any], multipliers: list[float | None]) -> None:
-    """Check that stochastic weight averaging, which sets rates in the end, keeps the multipliers.
+def check_rates(callbacks: list[Any], multipliers: list[float | None]) -> None:
+    """Check that callbacks that set rates themselves, when training starts or in the end, keep the multipliers.
 
     Raises:
-        ValueError: it sets one rate for all groups.
+        ValueError: one sets one rate for all groups.
     """
     if all(multiplier in (None, 1.0) for multiplier in multipliers):
         return
     for callback in callbacks:
+        if hasattr(callback, "lr_find") and getattr(callback, "_update_attr", False):
+            raise ValueError(
+                f"QATCallback: learning rate multipliers are lost with {type(callback).__name__}, which sets the rate "
+                "that it finds for all groups; find it before, Tuner(trainer).lr_find(model), or give "
+                f"{type(callback).__name__}(update_attr=False)"
+            )
         rates = getattr(callback, "_swa_lrs", None)
         if rates is not None and (not isinstance(rates, list) or len(set(rates)) == 1):
             raise ValueError(

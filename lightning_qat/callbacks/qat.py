@@ -19,9 +19,9 @@ from lightning_qat.callbacks.differences import differences
 from lightning_qat.callbacks.lora import merge_adapters
 from lightning_qat.callbacks.optimizer_checks import (
     align_rates,
-    check_averaging,
     check_groups,
     check_options,
+    check_rates,
     check_resumed,
 )
 from lightning_qat.callbacks.optimizers import separate_scales, unwatch
@@ -96,6 +96,8 @@ class QATCallback(pl.Callback, ModuleHooks):
         if stage == "fit":
             self._check_order(trainer, pl_module)
             _check_launcher(trainer, pl_module)
+            multipliers = [self.scale_lr_multiplier, *(group.lr_multiplier for group in self.groups)]
+            check_rates(callbacks_of(trainer), multipliers)
         attach(pl_module)
         self.layers_created(pl_module)
 
@@ -166,8 +168,6 @@ class QATCallback(pl.Callback, ModuleHooks):
         _check_averages(trainer, pl_module)
         check_groups(pl_module, trainer.optimizers)
         check_options(pl_module, trainer.optimizers, self.groups)
-        multipliers = [self.scale_lr_multiplier, *(group.lr_multiplier for group in self.groups)]
-        check_averaging(callbacks_of(trainer), multipliers)
 
     @override
     def on_train_batch_start(

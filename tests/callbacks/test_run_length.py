@@ -90,3 +90,9 @@ def test_what_a_tuner_restores_is_no_resume(name: str, tuner: str, first: bool, 
         made.fit(model)
         states.append(state(model))
     assert_equal_states(*states)
+
+
+def test_a_finder_that_would_lose_multipliers_is_refused() -> None:
+    finder = LearningRateFinder(num_training_steps=12)
+    with pytest.raises(ValueError, match=r"multipliers are lost with LearningRateFinder, .*\(update_attr=False\)"):
+        fit(Tunable(), QATCallback(recipes.int4(), scale_lr_multiplier=0.1), finder)
