@@ -14,8 +14,8 @@ from lightning_qat.conversion.state import quantizers
 from lightning_qat.quantization.grid import Ternary
 from lightning_qat.quantization.quantizer import FakeQuantizer
 
-_LEARNED, _RECOMPUTED = 0.3, 0.6
-"""Shares of the run over which rounding sets in, by how the scales of the weights are found."""
+_LEARNED, _BINARY, _RECOMPUTED = 0.3, 0.6, 0.8
+"""Shares of the run over which rounding sets in: where scales are learned, the same at two levels, or recomputed."""
 
 _MIDDLE: Final = 0.5
 _LEAST_LEVELS: Final = 2
@@ -37,8 +37,8 @@ class GradualQuantization(pl.Callback):
     rounding is complete.
 
     Args:
-        fraction: share of the run's optimizer steps, in (0, 1]. None: 0.3 where scales are learned (or stored), 0.6
-            where they are recomputed from the weights in each step, as those of ``bitnet``.
+        fraction: share of the run's optimizer steps, in (0, 1]. None: 0.3 where scales are learned (or stored), 0.6 for
+            two levels, 0.8 where scales are recomputed from the weights in each step, as those of ``bitnet``.
         match: glob over dotted layer names.
         most_levels: of the grids that it is for, 2 or more: 4 is 2 bits, 8 is 3 bits. Where ``ProgressiveBitWidth``
             changes grids, that of the step counts.
@@ -115,7 +115,9 @@ class GradualQuantization(pl.Callback):
     def _fraction(self, quantizer: FakeQuantizer) -> float:
         if self.fraction is not None:
             return self.fraction
-        return _LEARNED if quantizer.stored else _RECOMPUTED
+        if not quantizer.stored:
+            return _RECOMPUTED
+        return _BINARY if quantizer.grid.num_levels == _LEAST_LEVELS else _LEARNED
 
     @override
     def teardown(self, trainer: "pl.Trainer", pl_module: nn.Module, stage: str) -> None:

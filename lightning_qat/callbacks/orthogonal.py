@@ -1,6 +1,7 @@
 """OrthogonalUpdates: quantized weights move by orthogonalized momentum, with the optimizer of the module."""
 
 import fnmatch
+from collections.abc import Iterator
 from typing import Any, Final, final
 
 import lightning.pytorch as pl
@@ -25,6 +26,8 @@ _LIKE_ADAM: Final = 0.2
 _MATRIX: Final = 2
 _RATES: Final[dict[int, "float | Ramp"]] = {2: QuadraticRamp(0.0, start=2.4), 3: 2.0}
 """Of weights with so few levels, where no rate is given; 1 of others."""
+_RECOMPUTED_RATES: Final[dict[int, "float | Ramp"]] = {level: QuadraticRamp(0.0, start=4.0) for level in (2, 3)}
+"""The same where scales are recomputed from the weights."""
 
 
 @final
@@ -33,9 +36,10 @@ class OrthogonalUpdates(pl.Callback):
 
     Adam moves every latent weight by about the learning rate, also where its gradient is noise, and so codes at a
     border change at random. Here a weight matrix moves by the matrix that has the singular vectors of its momentum and
-    singular values near 1: all directions that the batches agree on, at one pace. It pays with learned scales; where a
-    scale is the mean of the weights themselves (``bitnet``) it does harm, and weights whose scales are recomputed move
-    as the optimizer moves them. The figures, and what a float model would gain, are in ``benchmarks/README.md``.
+    singular values near 1: all directions that the batches agree on, at one pace. It pays with learned scales. Where a
+    scale is the mean of the weights themselves (``bitnet``) it pays beside a ``GradualQuantization`` that lasts for
+    most of the run, with steps that are long at first and short when rounding is complete; at a constant rate it does
+    harm. The figures, and what a float model would gain, are in ``benchmarks/README.md``.
 
     The learning rate, its schedule and the (decoupled) weight decay are those of the weight's parameter group: a step
     has the root mean square of one of Adam. The optimizer keeps no moments of these weights, so that its state is half
@@ -48,10 +52,12 @@ class OrthogonalUpdates(pl.Callback):
     Args:
         rate: factor of the learning rate for these weights, positive, also as a ramp over the run. None: 2 for weights
             of three levels, ``QuadraticRamp(0.0, start=2.4)`` for those of two levels, which do best when their signs
-            settle early, and 1 for others.
+            settle early, and 1 for others; where scales are recomputed, ``QuadraticRamp(0.0, start=4.0)`` for two and
+            three levels.
         momentum: of the gradients, in [0, 1).
         match: glob over dotted layer names.
-        recomputed: whether also weights move like this whose scales are recomputed from them in each step.
+        recomputed: whether also weights move like this whose scales are no parameters. None: those of two or three
+            levels whose scales are recomputed from them in each step; others move as the optimizer moves them.
 
     Raises:
         ValueError: a value out of range. At fit start: a pattern that matches no quantized weight that trains, weights
@@ -68,16 +74,24 @@ class OrthogonalUpdates(pl.Callback):
     """
 
     def __init__(
-        self, rate: float | Ramp | None = None, *, momentum: float = 0.9, match: str = "*", recomputed: bool = False
+        self,
+        rate: float | Ramp | None = None,
+        *,
+        momentum: float = 0.9,
+        match: str = "*",
+        recomputed: bool | None = None,
     ) -> None:
         _check_rate(rate)
         if not isinstance(momentum, int | float) or not 0 <= momentum < 1:
             raise ValueError(f"OrthogonalUpdates: momentum={momentum!r} is not allowed; choose a number in [0, 1)")
-        if not isinstance(recomputed, bool):
-            raise ValueError(f"OrthogonalUpdates: recomputed={recomputed!r} is not allowed; choose True or False")
+        if recomputed is not None and not isinstance(recomputed, bool):
+            raise ValueError(
+                f"OrthogonalUpdates: recomputed={recomputed!r} is not allowed; choose True, False, or None for the "
+                "default"
+            )
         self.rate, self.momentum = float(rate) if isinstance(rate, int) else rate, float(momentum)
         self.match, self.recomputed = match, recomputed
-        self._num_steps, self._done = float("inf"), 0.0
+        self._num_steps, self._done, self._scaled = float("inf"), 0.0, False
         self._weights: dict[Tensor, Slot] = {}
         self._momenta: dict[str, Tensor] = {}
         self._hidden: dict[Tensor, tuple[Tensor | None, float, float]] = {}
@@ -99,15 +113,14 @@ class OrthogonalUpdates(pl.Callback):
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         _check_order(self, trainer.callbacks)  # type: ignore[attr-defined]
         self._weights = _matrices(pl_module, self.match)
-        if not self.recomputed:
-            self._weights = {p: slot for p, slot in self._weights.items() if slot.quantizer.learned}
-        if not self._weights:
+        if not any(self._takes(parameter) for parameter in self._weights):
             rank_zero_info(
-                "OrthogonalUpdates: no weight has a learned scale; all move as the optimizer moves them. "
-                "recomputed=True would take them, too."
+                "OrthogonalUpdates: no weight has a learned scale, or one that is recomputed for two or three levels; "
+                "all move as the optimizer moves them. recomputed=True would take them, too."
             )
+        self._scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         for optimizer in trainer.optimizers:
-            _check_optimizer(optimizer, self._weights, getattr(trainer.precision_plugin, "scaler", None) is not None)
+            _check_optimizer(optimizer, [slot for p, slot in self._in(optimizer) if self._takes(p)], self._scaled)
         remove(self._handles)
         self._handles = hook_steps(trainer.optimizers, "OrthogonalUpdates", before=self._before, after=self._after)
 
@@ -119,7 +132,7 @@ class OrthogonalUpdates(pl.Callback):
                 f"OrthogonalUpdates: the checkpoint holds a momentum for {min(unknown)}, which match={self.match!r} "
                 "does not choose now; give the match it was made with"
             )
-        ramps = any(isinstance(self._rate(parameter), Ramp) for parameter in self._weights)
+        ramps = any(isinstance(self._rate(weight), Ramp) for weight in self._weights if self._takes(weight))
         if ramps:
             self._num_steps = num_steps(trainer, "OrthogonalUpdates: a rate that changes")
         else:  # ProgressiveBitWidth may come down to two levels later
@@ -163,10 +176,18 @@ class OrthogonalUpdates(pl.Callback):
 
         return args[:1], {**kwargs, "closure": hiding}
 
-    def _hide(self, optimizer: Optimizer) -> None:
+    def _in(self, optimizer: Optimizer) -> Iterator[tuple[Tensor, Slot]]:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter in self._weights:
+                    yield parameter, self._weights[parameter]
+
+    def _hide(self, optimizer: Optimizer) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter in self._weights and self._takes(parameter):
+                    if _name(self._weights[parameter]) not in self._momenta:  # a grid of few levels came later
+                        _check_optimizer(optimizer, [self._weights[parameter]], self._scaled)
                     settings = float(group["lr"]), float(group.get("weight_decay") or 0.0)
                     self._hidden[parameter] = parameter.grad, *settings
                     parameter.grad = None
@@ -184,9 +205,17 @@ class OrthogonalUpdates(pl.Callback):
                 self._update(parameter, gradient, lr * rate, weight_decay)
         self._show()
 
+    # Both are asked anew in each step: ProgressiveBitWidth may have changed the grid.
+
+    def _takes(self, parameter: Tensor) -> bool:
+        quantizer = self._weights[parameter].quantizer
+        if self.recomputed is None and not quantizer.stored:
+            return quantizer.grid.num_levels in _RECOMPUTED_RATES
+        return quantizer.learned or bool(self.recomputed)
+
     def _rate(self, parameter: Tensor) -> float | Ramp:
-        # asked anew in each step: ProgressiveBitWidth may have changed the grid
-        return self.rate or _RATES.get(self._weights[parameter].quantizer.grid.num_levels, 1.0)
+        quantizer = self._weights[parameter].quantizer
+        return self.rate or (_RATES if quantizer.stored else _RECOMPUTED_RATES).get(quantizer.grid.num_levels, 1.0)
 
     def _update(self, parameter: Tensor, gradient: Tensor, lr: float, weight_decay: float) -> None:
         name = _name(self._weights[parameter])
@@ -260,13 +289,12 @@ def _matrices(model: nn.Module, match: str) -> dict[Tensor, Slot]:
     return chosen
 
 
-def _check_optimizer(optimizer: Optimizer, weights: dict[Tensor, Slot], scaled: bool) -> None:
+def _check_optimizer(optimizer: Optimizer, held: list[Slot], scaled: bool) -> None:
     """Check that learning rates mean what they mean for Adam, and that gradients are seen unscaled."""
-    held = [parameter for group in optimizer.param_groups for parameter in group["params"] if parameter in weights]
     kind = type(optimizer).__name__
     if held and "adam" not in kind.lower():
         raise ValueError(
-            f"OrthogonalUpdates: {kind} trains {_name(weights[held[0]])}, and steps are scaled to rates of Adam; let "
+            f"OrthogonalUpdates: {kind} trains {_name(held[0])}, and steps are scaled to rates of Adam; let "
             "configure_optimizers() return AdamW, or leave the layer out with match="
         )
     if held and scaled and any(group.get("fused") for group in optimizer.param_groups):

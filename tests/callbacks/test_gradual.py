@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_qat import (
     GradualQuantization,
@@ -67,17 +67,19 @@ def test_from_the_identity_to_rounding(recipe: str) -> None:
     assert all(quantizer.softness is None for quantizer in fake_quantizers(model).values())
 
 
-def test_scales_that_are_recomputed_take_twice_as_long() -> None:
+def test_two_levels_and_scales_that_are_recomputed_take_longer() -> None:
     class Both(Net):
         def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
             now = {q.owner: q.softness for q in fake_quantizers(self).values() if not q.layout.is_input}
-            seen.append(tuple(0.0 if now[name] is None else float(now[name]) for name in ("first", "head")))
+            seen.append(tuple(0.0 if now[name] is None else float(now[name]) for name in ("first", "more", "head")))
 
     seen: list[tuple[float, ...]] = []
-    recipe = Recipe((Rule("first", recipes.bitnet().rules[0].spec), *recipes.ternary().rules))
-    fit(Both(), QATCallback(recipe), GradualQuantization(), train=loader(64))
+    own = (Rule(name, kind().rules[0].spec) for name, kind in (("first", recipes.bitnet), ("more", recipes.binary)))
+    model = Both()
+    model.more = nn.Linear(8, 8)
+    fit(model, QATCallback(Recipe((*own, *recipes.ternary().rules))), GradualQuantization(), train=loader(64))
     steps = [step / 8 for step in range(8)]
-    expected = [tuple(max(0.0, 1 - step / share) ** 2 for share in (0.6, 0.3)) for step in steps]
+    expected = [tuple(max(0.0, 1 - step / share) ** 2 for share in (0.8, 0.6, 0.3)) for step in steps]
     torch.testing.assert_close(torch.tensor(seen), torch.tensor(expected))
 
 

@@ -17,6 +17,7 @@ from lightning_qat import (
     OscillationFreezing,
     ProgressiveBitWidth,
     QATCallback,
+    Ternary,
     prepare,
     recipes,
 )
@@ -155,16 +156,35 @@ def test_a_resumed_run_goes_on_bit_identically(tmp_path: Path) -> None:
         run(tmp_path / "other", tmp_path / "step=1.ckpt", match="first")
 
 
-@pytest.mark.parametrize("recipe", ["int8", "bitnet"])
+@pytest.mark.parametrize(("recipe", "options"), [("int8", {}), ("bitnet", {"recomputed": False})])
 def test_weights_with_recomputed_scales_move_as_the_optimizer_moves_them(
-    recipe: str, caplog: pytest.LogCaptureFixture
+    recipe: str, options: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     models = Net(), Net()
     fit(models[0], QATCallback(recipes.named(recipe)))
     with caplog.at_level("INFO"):
-        fit(models[1], QATCallback(recipes.named(recipe)), OrthogonalUpdates())
+        fit(models[1], QATCallback(recipes.named(recipe)), OrthogonalUpdates(**options))
     assert "no weight has a learned scale" in caplog.text
     assert_equal_states(state(models[0]), state(models[1]))
+
+
+@pytest.mark.parametrize("recipe", ["bitnet", "bitnet1"])
+def test_those_of_few_levels_move_far_at_first(recipe: str) -> None:
+    given = {"rate": QuadraticRamp(0.0, start=4.0), "recomputed": True}
+    results = []
+    for options in ({}, given, {"recomputed": False}):
+        model, updates = Net(), OrthogonalUpdates(**options)  # type: ignore[arg-type]
+        fit(model, QATCallback(recipes.named(recipe)), updates, train=loader(64))
+        results.append(state(model))
+        assert bool(updates.state_dict()) == (options != {"recomputed": False})
+    assert_equal_states(results[0], results[1])
+    assert not torch.equal(results[0]["first.weight"], results[2]["first.weight"])
+
+
+def test_the_optimizer_is_checked_when_few_levels_come_later() -> None:
+    recipe, bits = QATCallback(recipes.int8()), ProgressiveBitWidth({0: 8, 2: Ternary()}, unit="step")
+    with pytest.raises(ValueError, match=r"SGD trains first.weight, .*return AdamW, or leave the layer out"):
+        fit(Net(optimizer=sgd), recipe, bits, OrthogonalUpdates())
 
 
 def test_a_callback_is_used_again() -> None:
@@ -232,7 +252,7 @@ def test_clear_errors() -> None:
         ({"rate": 0}, "rate=0 is not allowed; choose a positive factor"),
         ({"rate": "high"}, "rate='high' is not allowed"),
         ({"rate": LinearRamp(-1.0, start=2.0)}, "a Ramp of factors that are not negative"),
-        ({"recomputed": "no"}, "recomputed='no' is not allowed; choose True or False"),
+        ({"recomputed": "no"}, "recomputed='no' is not allowed; choose True, False, or None"),
         ({"momentum": 1.0}, r"momentum=1.0 is not allowed; choose a number in \[0, 1\)"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -253,7 +273,7 @@ def test_clear_errors() -> None:
         fit(Net(), QATCallback(recipes.binary()), OrthogonalUpdates(), max_epochs=-1)
     with pytest.raises(ValueError, match="list it before OscillationFreezing"):
         fit(Net(), QATCallback(recipes.int4()), OscillationFreezing(), OrthogonalUpdates())
-    assert repr(OrthogonalUpdates()) == "OrthogonalUpdates(None, momentum=0.9, match='*', recomputed=False)"
+    assert repr(OrthogonalUpdates()) == "OrthogonalUpdates(None, momentum=0.9, match='*', recomputed=None)"
 
 
 def test_a_step_that_fails_gives_gradients_back() -> None:
