@@ -53,11 +53,13 @@ from lightning_qat.models import ArithmeticModel, ConvNet, LanguageModel, Sequen
 
 WIDTHS = (*WEIGHT_BITS, "seq2", "ternary_a8")
 AS_MANY_BITS = {"seq2": "int2", "ternary_a8": "bitnet"}
-"""Ours alone: half-integer levels; ternary weights with a learned scale per channel, inputs as those of bitnet."""
+"""Ours alone: half-integer levels; ternary weights with a scale per channel, inputs as those of bitnet."""
 BITS = {"int8": 8.0, "int4": 4.0, "int3": 3.0, "int2": 2.0, "ternary": 1.58, "binary": 1.0}
 _gptq = partial(GPTQ, forward=call_module)
 _SET_IN = partial(GradualQuantization, most_levels=4)
 OURS, TEACHER, AFTER_TRAINING = "ours", " + teacher", "after training"
+LEARNED = "learned scale"
+"""Ours, with a scale that is learned in the place of one that follows the weights: what recipes had, and peers have."""
 ABLATIONS: dict[str, Callable[[Any], list[Any]]] = {
     "ours, QATCallback alone": lambda mask: [],
     "ours, with teacher": lambda mask: [Distillation(mask=mask)],
@@ -65,6 +67,7 @@ ABLATIONS: dict[str, Callable[[Any], list[Any]]] = {
     "ours, AdamW, rounding set in": lambda mask: [_gptq(), _SET_IN(), Distillation(mask=mask)],
     "ours, AdamW, rounding set in, no teacher": lambda mask: [_gptq(), _SET_IN()],
 }
+LEARNED_TOO = [LEARNED, *(LEARNED + name.removeprefix(OURS) for name in ("ours, QATCallback alone", *ABLATIONS))]
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57}  # Student's t, two-sided, for so many seeds
 
 
@@ -170,7 +173,18 @@ def _after_training(width: str, *, search: bool) -> Recipe:
     return Recipe((Rule("*", LayerSpec(weight, spec.input)),))
 
 
+def _with_learned_scale(recipe: Recipe) -> Recipe:
+    spec = recipe.rules[0].spec
+    assert spec is not None
+    assert spec.weight is not None
+    weight = QuantizerSpec(spec.weight.grid, spec.weight.granularity)
+    return Recipe((Rule("*", LayerSpec(weight, spec.input)),))
+
+
 def _callbacks(method: str, width: str, module: L.LightningModule, mask: TargetMask | None) -> list[Any]:
+    if method.startswith(LEARNED):
+        same = _callbacks(OURS + method.removeprefix(LEARNED), width, module, mask)
+        return [QATCallback(_but_head(_with_learned_scale(recipes.named(width)), module)), *same[1:]]
     if method.startswith(AFTER_TRAINING):
         return [QATCallback(_but_head(_after_training(width, search="absmax" not in method), module))]
     converting = [QATCallback(_but_head(recipes.named(width), module))] if method.startswith(OURS) else []
@@ -238,8 +252,9 @@ def table(results: dict[str, Any], task: str) -> list[dict[str, str]]:
     """Return a row for each method and a column for each width: excess loss and half its 95 % interval."""
     found: dict[str, dict[str, str]] = {}
     for width in WIDTHS:
-        for method in [*methods("float"), AFTER_TRAINING, f"{AFTER_TRAINING}, absmax", *PEERS, *ABLATIONS, OURS,
-                       *(f"{peer}{TEACHER}" for peer in PEERS)]:  # fmt: skip
+        taught = [f"{peer}{TEACHER}" for peer in PEERS]
+        after = [AFTER_TRAINING, f"{AFTER_TRAINING}, absmax"]
+        for method in [*methods("float"), *after, *PEERS, *taught, *LEARNED_TOO, *ABLATIONS, OURS]:
             values = excess(results, task, width, method)
             if values:
                 mean, half = summary(values)
@@ -324,7 +339,8 @@ def _jobs(arguments: argparse.Namespace) -> list[tuple[str, str, str, int]]:
         for method in (arguments.method or methods(width))
         for seed in arguments.seed
         if method in methods(width)
-        or (width != "float" and (method in ABLATIONS or method.removesuffix(TEACHER) in methods(width)))
+        or (width != "float" and method in (*ABLATIONS, *LEARNED_TOO))
+        or (width != "float" and method.removesuffix(TEACHER) in methods(width))
     ]
 
 

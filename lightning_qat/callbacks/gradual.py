@@ -17,6 +17,7 @@ from lightning_qat.quantization.quantizer import FakeQuantizer
 _LEARNED, _BINARY, _RECOMPUTED = 0.3, 0.6, 0.8
 """Shares of the run over which rounding sets in: where scales are learned, the same at two levels, or recomputed."""
 
+_MOST_LEVELS, _MOST_RECOMPUTED = 3, 8
 _MIDDLE: Final = 0.5
 _LEAST_LEVELS: Final = 2
 
@@ -27,10 +28,10 @@ class GradualQuantization(pl.Callback):
 
     The staircase of rounding starts as the identity (within the range of the grid) and becomes steeper with every
     optimizer step: its slopes between levels are :math:`1 / (1 - t)^2` with t = step / (fraction x steps of the run).
-    Then, and in validation, test, export always, rounding is what it is. The network is never broken, which pays at
-    1.58 bits and below, where a short training must bring back much. With more levels it takes as much as it gives
-    beside ``OrthogonalUpdates``, so such weights are rounded from the first step on; with the updates of AdamW alone
-    ``most_levels=4`` is worth a try where targets have no noise. The figures are in ``benchmarks/README.md``.
+    Then, and in validation, test, export always, rounding is what it is. The network is never broken, which pays at 3
+    bits and below, where a short training must bring back much. It pays most with scales that follow the weights, as
+    the recipes have them there: they can move far while nothing is rounded yet. Beside learned scales, which cannot
+    follow, it pays at 1.58 bits and below, over a shorter time. The figures are in ``benchmarks/README.md``.
 
     The step is the trainer's, so a resumed run goes on bit-identically. While values lie between levels, products are
     those of floats and the fused forward of linear layers is not in use; a compiled model is compiled once more when
@@ -41,7 +42,8 @@ class GradualQuantization(pl.Callback):
             two levels, 0.8 where scales are recomputed from the weights in each step, as those of ``bitnet``.
         match: glob over dotted layer names.
         most_levels: of the grids that it is for, 2 or more: 4 is 2 bits, 8 is 3 bits. Where ``ProgressiveBitWidth``
-            changes grids, that of the step counts.
+            changes grids, that of the step counts. None: 3 where scales are learned (or stored), 8 where they are
+            recomputed.
 
     Raises:
         ValueError: values out of range. When training starts: a model that is not prepared, a pattern that matches
@@ -55,14 +57,17 @@ class GradualQuantization(pl.Callback):
         trainer = L.Trainer(callbacks=[QATCallback(recipes.binary()), GradualQuantization(), Distillation()])
     """
 
-    def __init__(self, fraction: float | None = None, match: str = "*", *, most_levels: int = 3) -> None:
+    def __init__(self, fraction: float | None = None, match: str = "*", *, most_levels: int | None = None) -> None:
         if fraction is not None and (not isinstance(fraction, int | float) or not 0 < fraction <= 1):
             raise ValueError(
                 f"GradualQuantization: fraction={fraction!r} is not allowed; choose a share in (0, 1], or None for the "
                 "default"
             )
-        if not isinstance(most_levels, int) or most_levels < _LEAST_LEVELS:
-            raise ValueError(f"GradualQuantization: most_levels={most_levels!r} is not allowed; choose 2 or more")
+        if most_levels is not None and (not isinstance(most_levels, int) or most_levels < _LEAST_LEVELS):
+            raise ValueError(
+                f"GradualQuantization: most_levels={most_levels!r} is not allowed; choose 2 or more, or None for the "
+                "default"
+            )
         self.fraction, self.match, self.most_levels = None if fraction is None else float(fraction), match, most_levels
         self._quantizers: dict[str, FakeQuantizer] = {}
         self._num_steps = 1.0
@@ -84,8 +89,8 @@ class GradualQuantization(pl.Callback):
             )
         if not any(self._is_soft(name, quantizer) for name, quantizer in chosen.items()):
             rank_zero_info(
-                f"GradualQuantization: all weights have more than most_levels={self.most_levels} levels; they are "
-                "rounded from the first step on."
+                f"GradualQuantization: all weights have more levels than most_levels={self.most_levels} allows; they "
+                "are rounded from the first step on."
             )
         self._quantizers = chosen
 
@@ -97,7 +102,8 @@ class GradualQuantization(pl.Callback):
                 f"GradualQuantization: {name} has {grid!r}, whose borders are not in the middle between levels; choose "
                 "Ternary(), or leave the layer out with match="
             )
-        return grid.num_levels <= self.most_levels
+        most = self.most_levels or (_MOST_LEVELS if quantizer.stored else _MOST_RECOMPUTED)
+        return grid.num_levels <= most
 
     @override
     def on_train_batch_start(

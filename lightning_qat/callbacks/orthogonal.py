@@ -26,8 +26,9 @@ _LIKE_ADAM: Final = 0.2
 _MATRIX: Final = 2
 _RATES: Final[dict[int, "float | Ramp"]] = {2: QuadraticRamp(0.0, start=2.4), 3: 2.0}
 """Of weights with so few levels, where no rate is given; 1 of others."""
-_RECOMPUTED_RATES: Final[dict[int, "float | Ramp"]] = {level: QuadraticRamp(0.0, start=4.0) for level in (2, 3)}
-"""The same where scales are recomputed from the weights."""
+_SETTLING: Final = QuadraticRamp(0.0, start=4.0)
+_MOST_LEVELS: Final = 8
+"""Of weights whose scales are recomputed from them: up to here they move by ``_SETTLING`` where no rate is given."""
 
 
 @final
@@ -36,10 +37,10 @@ class OrthogonalUpdates(pl.Callback):
 
     Adam moves every latent weight by about the learning rate, also where its gradient is noise, and so codes at a
     border change at random. Here a weight matrix moves by the matrix that has the singular vectors of its momentum and
-    singular values near 1: all directions that the batches agree on, at one pace. It pays with learned scales. Where a
-    scale is the mean of the weights themselves (``bitnet``) it pays beside a ``GradualQuantization`` that lasts for
-    most of the run, with steps that are long at first and short when rounding is complete; at a constant rate it does
-    harm. The figures, and what a float model would gain, are in ``benchmarks/README.md``.
+    singular values near 1: all directions that the batches agree on, at one pace. It pays with learned scales; where a
+    scale is the mean of the weights themselves, as down from 3 bits, it pays most beside a ``GradualQuantization`` that
+    lasts for most of the run, with steps that are long at first and short when rounding is complete. The figures, and
+    what a float model would gain, are in ``benchmarks/README.md``.
 
     The learning rate, its schedule and the (decoupled) weight decay are those of the weight's parameter group: a step
     has the root mean square of one of Adam. The optimizer keeps no moments of these weights, so that its state is half
@@ -52,12 +53,12 @@ class OrthogonalUpdates(pl.Callback):
     Args:
         rate: factor of the learning rate for these weights, positive, also as a ramp over the run. None: 2 for weights
             of three levels, ``QuadraticRamp(0.0, start=2.4)`` for those of two levels, which do best when their signs
-            settle early, and 1 for others; where scales are recomputed, ``QuadraticRamp(0.0, start=4.0)`` for two and
-            three levels.
+            settle early, and 1 for others; where scales are recomputed ``QuadraticRamp(0.0, start=4.0)`` for 8 levels
+            and less.
         momentum: of the gradients, in [0, 1).
         match: glob over dotted layer names.
-        recomputed: whether also weights move like this whose scales are no parameters. None: those of two or three
-            levels whose scales are recomputed from them in each step; others move as the optimizer moves them.
+        recomputed: whether also weights move like this whose scales are no parameters. None: those of 8 levels and less
+            whose scales are recomputed from them in each step; others move as the optimizer moves them.
 
     Raises:
         ValueError: a value out of range. At fit start: a pattern that matches no quantized weight that trains, weights
@@ -115,7 +116,7 @@ class OrthogonalUpdates(pl.Callback):
         self._weights = _matrices(pl_module, self.match)
         if not any(self._takes(parameter) for parameter in self._weights):
             rank_zero_info(
-                "OrthogonalUpdates: no weight has a learned scale, or one that is recomputed for two or three levels; "
+                "OrthogonalUpdates: no weight has a learned scale, or one that is recomputed for 8 levels or less; "
                 "all move as the optimizer moves them. recomputed=True would take them, too."
             )
         self._scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
@@ -210,12 +211,15 @@ class OrthogonalUpdates(pl.Callback):
     def _takes(self, parameter: Tensor) -> bool:
         quantizer = self._weights[parameter].quantizer
         if self.recomputed is None and not quantizer.stored:
-            return quantizer.grid.num_levels in _RECOMPUTED_RATES
+            return quantizer.grid.num_levels <= _MOST_LEVELS
         return quantizer.learned or bool(self.recomputed)
 
     def _rate(self, parameter: Tensor) -> float | Ramp:
         quantizer = self._weights[parameter].quantizer
-        return self.rate or (_RATES if quantizer.stored else _RECOMPUTED_RATES).get(quantizer.grid.num_levels, 1.0)
+        levels = quantizer.grid.num_levels
+        if self.rate is None and not quantizer.stored and levels <= _MOST_LEVELS:
+            return _SETTLING
+        return self.rate or _RATES.get(levels, 1.0)
 
     def _update(self, parameter: Tensor, gradient: Tensor, lr: float, weight_decay: float) -> None:
         name = _name(self._weights[parameter])

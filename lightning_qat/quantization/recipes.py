@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from torch import nn
 
-from lightning_qat.quantization.gradient import StraightThrough
+from lightning_qat.quantization.gradient import Clipped, StraightThrough
 from lightning_qat.quantization.granularity import Granularity, PerChannel, PerGroup, PerTensor, PerToken
 from lightning_qat.quantization.grid import Binary, Grid, HalfInt, Int, Pi, Ternary
 from lightning_qat.quantization.recipe import CONVOLUTIONS, Recipe, Rule
@@ -50,6 +50,20 @@ def _weight_only(name: str, grid: Grid, group_size: int | None, scale_dtype: str
     return Recipe((Rule("*", LayerSpec(weight), source=name),))
 
 
+# Chosen on validation data. The least error of Gaussian weights is at 0.63 to 0.66 (2 and 3 bits), 0.76 (half-integer
+# levels) and 1.53 (ternary): a little less trains better, because weights move towards the levels.
+_MULTIPLES: Final = {"int3": 0.55, "int2": 0.5, "seq2": 0.6, "ternary": 1.3}
+
+
+def _mean_scaled(name: str, grid: Grid, group_size: int | None, scale_dtype: str) -> QuantizerSpec:
+    scale = AbsMean(_MULTIPLES[name])
+    return QuantizerSpec(grid, _granularity(group_size), scale, Clipped(), scale_dtype)
+
+
+def _few_levels(name: str, grid: Grid, group_size: int | None, scale_dtype: str) -> Recipe:
+    return Recipe((Rule("*", LayerSpec(_mean_scaled(name, grid, group_size, scale_dtype)), source=name),))
+
+
 def _int8_tokens() -> QuantizerSpec:
     return QuantizerSpec(Int(8, narrow=True), PerToken(), AbsMax(), StraightThrough())
 
@@ -71,26 +85,39 @@ def int4(group_size: int | None = None, scale_dtype: str = "float32") -> Recipe:
 
 
 def int3(group_size: int | None = None, scale_dtype: str = "float32") -> Recipe:
-    """3-bit weights, learned scale per channel or group, started at the least error. Source: LSQ, arXiv:1902.08153."""
-    return _weight_only("int3", Int(3), group_size, scale_dtype)
+    """3-bit weights, a multiple of the mean magnitude per channel or group as scale, recomputed in every forward.
+
+    Down from 3 bits a scale that is learned (LSQ, arXiv:1902.08153) stands in the way of weights that move far: Adam
+    moves it by the learning rate, a few percent of itself, in every step. One that follows the weights has no noise of
+    its own, and with ``OrthogonalUpdates()`` and ``GradualQuantization()`` less is lost: ``benchmarks/README.md``.
+    ``Rule("*", LayerSpec(QuantizerSpec(Int(3))))`` has a learned one.
+
+    Source: the mean as a measure of weights, ternary weight networks, arXiv:1605.04711; its multiples are ours.
+    """
+    return _few_levels("int3", Int(3), group_size, scale_dtype)
 
 
 def int2(group_size: int | None = None, scale_dtype: str = "float32") -> Recipe:
-    """2-bit weights, learned scale per channel or group, started at the least error. Source: LSQ, arXiv:1902.08153.
+    """2-bit weights, scale as in :func:`int3`.
 
-    For what reads integers. Where nothing has to, :func:`seq2` keeps more of a language model in the same bits.
+    For what reads integers. Where nothing has to, :func:`seq2` keeps more of a model in the same bits.
+
+    Source: arXiv:1712.05877 for the grid; the scale: :func:`int3`.
     """
-    return _weight_only("int2", Int(2), group_size, scale_dtype)
+    return _few_levels("int2", Int(2), group_size, scale_dtype)
 
 
 def seq2(group_size: int | None = None, scale_dtype: str = "float32") -> Recipe:
-    """2-bit weights on half-integer levels, learned scale. Source: ParetoQ, arXiv:2502.02631 section 3.2."""
-    return _weight_only("seq2", HalfInt(2), group_size, scale_dtype)
+    """2-bit weights on half-integer levels, scale as in :func:`int3`. Source: ParetoQ, arXiv:2502.02631 section 3.2."""
+    return _few_levels("seq2", HalfInt(2), group_size, scale_dtype)
 
 
 def ternary(group_size: int | None = None, scale_dtype: str = "float32") -> Recipe:
-    """Ternary weights (1.58 bits), learned scale. Source: arXiv:2402.17764 for the grid, LSQ for the scale."""
-    return _weight_only("ternary", Ternary(), group_size, scale_dtype)
+    """Ternary weights (1.58 bits), scale as in :func:`int3`.
+
+    Source: arXiv:2402.17764 for grid and scale, which is 1.3 times the one there: 0.65 of it is the threshold.
+    """
+    return _few_levels("ternary", Ternary(), group_size, scale_dtype)
 
 
 def binary(group_size: int | None = None, scale_dtype: str = "float32") -> Recipe:
@@ -117,14 +144,14 @@ def w4a8(group_size: int | None = None, scale_dtype: str = "float32") -> Recipe:
 
 
 def ternary_a8(group_size: int | None = None, scale_dtype: str = "float32") -> Recipe:
-    """Ternary weights with learned scale, 8-bit absmax inputs per token (convolutions: per sample), straight-through.
+    """The weights of :func:`ternary`, 8-bit absmax inputs per token (convolutions: per sample), straight-through.
 
     What :func:`bitnet` computes with, but for its one scale per weight, which a model that was trained in float misses:
     the figures of both are in ``benchmarks/README.md``.
 
-    Source: arXiv:2402.17764 for grid and inputs, LSQ, arXiv:1902.08153, for the scale.
+    Source: arXiv:2402.17764 for grid and inputs; the scale: :func:`ternary`.
     """
-    weight = QuantizerSpec(Ternary(), _granularity(group_size), scale_dtype=scale_dtype)
+    weight = _mean_scaled("ternary", Ternary(), group_size, scale_dtype)
     return Recipe((Rule("*", LayerSpec(weight, _int8_tokens()), source="ternary_a8"),))
 
 

@@ -21,9 +21,9 @@ from lightning_qat import (
     ProgressiveBitWidth,
     QATCallback,
     prepare,
-    recipes,
 )
 from tests.callbacks._models import LEARNED_INPUTS, Net, fake_quantizers, loader, state
+from tests.learned import learned
 
 OPTIONS: dict[str, Any] = {
     "accelerator": "cpu",
@@ -83,7 +83,7 @@ def lora(folder: Path) -> None:
 def compensated(folder: Path) -> None:
     """GPTQ's rounding from the data of both processes, rounding that sets in gradually, orthogonal updates."""
     rounding = GPTQ(2)
-    callbacks = [QATCallback(recipes.int2()), rounding, GradualQuantization(0.5), OrthogonalUpdates(), Watch(folder)]
+    callbacks = [QATCallback(learned("int2")), rounding, GradualQuantization(0.5), OrthogonalUpdates(), Watch(folder)]
     pl.Trainer(strategy="ddp", callbacks=callbacks, **OPTIONS).fit(Net(), loader())
     assert list(rounding.compensated) == ["first", "head"]
 

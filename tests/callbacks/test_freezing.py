@@ -41,6 +41,7 @@ from lightning_qat.losses import grid_distance
 from lightning_qat.schedules import CosineRamp, LinearRamp
 from tests.callbacks._models import Net, assert_equal_states, fit, loader, state
 from tests.callbacks.test_optimizers import OPTIMIZERS
+from tests.learned import learned
 
 EAGER = {"threshold": 0.3, "momentum": 0.5}
 """Freezes at the second reversal in a row."""
@@ -215,7 +216,7 @@ def test_a_new_grid_starts_anew() -> None:
     shaking, freezing = Shaking(), OscillationFreezing(**EAGER)
     progressive = ProgressiveBitWidth({0: 4, 12: 2}, unit="step")
     model = Net(optimizer=fast_sgd)
-    fit(model, QATCallback(recipes.int2()), progressive, freezing, shaking, max_epochs=4)
+    fit(model, QATCallback(learned("int2")), progressive, freezing, shaking, max_epochs=4)
     assert shaking.frozen[11].any()
     assert not shaking.frozen[12].any()
     assert freezing.state_dict()["first/weight"]["grid"] == repr(Int(2))
@@ -298,7 +299,7 @@ def test_errors_at_fit_start() -> None:
 def all_together() -> list[Any]:
     """Everything that acts on the loss, the optimizer or the weights."""
     return [
-        QATCallback(recipes.int2(), groups=(ParameterGroup("first", kind="weights", lr_multiplier=0.5),)),
+        QATCallback(learned("int2"), groups=(ParameterGroup("first", kind="weights", lr_multiplier=0.5),)),
         ProgressiveBitWidth({0: 4, 6: 2}, unit="step"),
         Distillation(weight=0.5),
         Regularization([Penalty(grid_distance, weight=CosineRamp(0.1))]),

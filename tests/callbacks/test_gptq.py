@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_qat import GPTQ, Distillation, QATCallback, gptq, prepare, recipes
 from tests.callbacks._models import Net, StatefulLoader, assert_equal_states, fit, loader, state
+from tests.learned import learned
 
 NOTHING: dict[str, Any] = {"limit_train_batches": 1, "max_steps": 1}
 
@@ -22,9 +23,9 @@ def frozen(module: Any) -> Any:
 
 def test_it_does_what_the_function_does() -> None:
     model, callback, by_hand = Net(optimizer=frozen), GPTQ(2), Net()
-    prepare(by_hand, recipes.int2())
+    prepare(by_hand, learned("int2"))
     found = gptq(by_hand, [batch[0] for batch in list(loader())[:2]])
-    fit(model, QATCallback(recipes.int2()), callback, **NOTHING)
+    fit(model, QATCallback(learned("int2")), callback, **NOTHING)
     assert callback.compensated == found
     assert_equal_states(state(model), state(by_hand))
 
@@ -32,7 +33,7 @@ def test_it_does_what_the_function_does() -> None:
 @pytest.mark.parametrize("order", [slice(None), slice(None, None, -1)])
 def test_the_teacher_is_the_model_as_it_was(order: slice) -> None:
     model, teacher, weights = Net(), Distillation(), state(Net())
-    fit(model, QATCallback(recipes.int2()), *[GPTQ(2), teacher][order], **NOTHING)
+    fit(model, QATCallback(learned("int2")), *[GPTQ(2), teacher][order], **NOTHING)
     assert teacher.teacher.module is not None
     assert_equal_states(state(teacher.teacher.module), weights)
 
@@ -48,7 +49,7 @@ def test_random_numbers_and_order_of_data_stay(tmp_path: Path) -> None:
                 return super().training_step(batch, batch_idx)
 
         torch.manual_seed(3)
-        fit(Recorder(seed=3), QATCallback(recipes.int2()), *callbacks, train=loader(shuffle=True))
+        fit(Recorder(seed=3), QATCallback(learned("int2")), *callbacks, train=loader(shuffle=True))
         orders.append(seen)
     assert all(torch.equal(a, b) for a, b in zip(*orders, strict=True))
 
@@ -58,7 +59,7 @@ def test_a_resumed_run_goes_on_bit_identically(tmp_path: Path) -> None:
         model = Net()
         saves = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
         train = StatefulLoader(list(loader()))
-        fit(model, QATCallback(recipes.int2()), GPTQ(2), saves, train=train, ckpt=ckpt, max_epochs=2)
+        fit(model, QATCallback(learned("int2")), GPTQ(2), saves, train=train, ckpt=ckpt, max_epochs=2)
         return state(model)
 
     whole = run(tmp_path)
@@ -69,16 +70,16 @@ def test_a_resumed_run_goes_on_bit_identically(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback:UserWarning")
 def test_averages_start_from_the_same_weights() -> None:
     model, average = Net(optimizer=frozen), EMAWeightAveraging(decay=0.5)
-    fit(model, QATCallback(recipes.int2()), GPTQ(2), average, **NOTHING)
+    fit(model, QATCallback(learned("int2")), GPTQ(2), average, **NOTHING)
     fresh = Net(optimizer=frozen)
-    fit(fresh, QATCallback(recipes.int2()), GPTQ(2), **NOTHING)
+    fit(fresh, QATCallback(learned("int2")), GPTQ(2), **NOTHING)
     for name, value in state(fresh).items():
         assert torch.allclose(state(model)[name], value, atol=1e-6), name
 
 
 def test_it_says_what_it_did(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
-        fit(Net(), QATCallback(recipes.int2()), GPTQ(2), **NOTHING)
+        fit(Net(), QATCallback(learned("int2")), GPTQ(2), **NOTHING)
         fit(Net(), QATCallback(recipes.int8()), GPTQ(2), **NOTHING)
     assert re.search(r"GPTQ: 2 layers; mean error of their outputs \S+ -> \S+, \d+ % of the weights", caplog.text)
     assert "GPTQ: no linear layer has a stored scale" in caplog.text
@@ -92,7 +93,7 @@ def test_clear_errors() -> None:
     with pytest.raises(TypeError, match="dataloader=3"):
         GPTQ(dataloader=3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no batches"):
-        fit(Net(), QATCallback(recipes.int2()), GPTQ(dataloader=[]), **NOTHING)
+        fit(Net(), QATCallback(learned("int2")), GPTQ(dataloader=[]), **NOTHING)
     with pytest.raises(ValueError, match="QATCallback"):
         fit(Net(), GPTQ(), **NOTHING)
     assert repr(GPTQ(4, rounds=2)) == "GPTQ(4, damping=0.01, rounds=2)"

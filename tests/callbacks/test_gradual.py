@@ -21,6 +21,7 @@ from lightning_qat import (
     recipes,
 )
 from tests.callbacks._models import Net, StatefulLoader, assert_equal_states, fake_quantizers, fit, loader, state
+from tests.learned import learned
 
 
 class Watching(Net):
@@ -56,7 +57,7 @@ def test_from_the_identity_to_rounding(recipe: str) -> None:
     if recipe == "bitnet":  # scales that are recomputed
         fit(Net(), QATCallback(recipes.bitnet()), GradualQuantization(0.5, most_levels=4), train=loader(64))
         return
-    callbacks = [QATCallback(recipes.named(recipe)), GradualQuantization(0.5, most_levels=4)]
+    callbacks = [QATCallback(learned(recipe)), GradualQuantization(0.5, most_levels=4)]
     fit(model, *callbacks, train=loader(64), val=loader(8),
         val_check_interval=2, num_sanity_val_steps=1)  # fmt: skip
     assert [round(softness, 6) for softness, _, _ in model.seen] == [1.0, 0.5625, 0.25, 0.0625, 0.0, 0.0, 0.0, 0.0]
@@ -77,7 +78,7 @@ def test_two_levels_and_scales_that_are_recomputed_take_longer() -> None:
     own = (Rule(name, kind().rules[0].spec) for name, kind in (("first", recipes.bitnet), ("more", recipes.binary)))
     model = Both()
     model.more = nn.Linear(8, 8)
-    fit(model, QATCallback(Recipe((*own, *recipes.ternary().rules))), GradualQuantization(), train=loader(64))
+    fit(model, QATCallback(Recipe((*own, *learned("ternary").rules))), GradualQuantization(), train=loader(64))
     steps = [step / 8 for step in range(8)]
     expected = [tuple(max(0.0, 1 - step / share) ** 2 for share in (0.8, 0.6, 0.3)) for step in steps]
     torch.testing.assert_close(torch.tensor(seen), torch.tensor(expected))
@@ -93,7 +94,9 @@ def test_every_parameter_trains_from_the_first_step() -> None:
             before = state(self)
 
     model = Start()
-    fit(model, QATCallback(recipes.int2()), GradualQuantization(1.0, most_levels=4), limit_train_batches=1, max_steps=1)
+    fit(
+        model, QATCallback(learned("int2")), GradualQuantization(1.0, most_levels=4), limit_train_batches=1, max_steps=1
+    )
     assert before is not None
     after = state(model)
     assert all(not torch.equal(value, after[name]) for name, value in before.items() if "extra_state" not in name)
@@ -115,7 +118,7 @@ def test_a_resumed_run_goes_on_bit_identically(tmp_path: Path) -> None:
 
 def test_only_the_layers_that_match() -> None:
     model = Watching()
-    fit(model, QATCallback(recipes.int2()), GradualQuantization(1.0, match="head", most_levels=4))
+    fit(model, QATCallback(learned("int2")), GradualQuantization(1.0, match="head", most_levels=4))
     assert all(distance == 0 for _, _, distance in model.seen)
 
 
@@ -126,7 +129,7 @@ def test_a_run_that_breaks_off_leaves_rounding() -> None:
 
     model = Breaks()
     with pytest.raises(RuntimeError, match="broken"):
-        fit(model, QATCallback(recipes.int2()), GradualQuantization())
+        fit(model, QATCallback(learned("int2")), GradualQuantization())
     assert all(quantizer.softness is None for quantizer in fake_quantizers(model).values())
 
 
@@ -135,17 +138,17 @@ def test_clear_errors() -> None:
         with pytest.raises(ValueError, match="fraction="):
             GradualQuantization(fraction)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"match='haed' matches no layer .* there are \['first', 'head'\]"):
-        fit(Net(), QATCallback(recipes.int2()), GradualQuantization(match="haed"))
+        fit(Net(), QATCallback(learned("int2")), GradualQuantization(match="haed"))
     with pytest.raises(ValueError, match="QATCallback"):
         fit(Net(), GradualQuantization())
     with pytest.raises(ValueError, match="no end"):
-        fit(Net(), QATCallback(recipes.int2()), GradualQuantization(), max_epochs=-1)
+        fit(Net(), QATCallback(learned("int2")), GradualQuantization(), max_epochs=-1)
     wide = Recipe((Rule("*", LayerSpec(QuantizerSpec(Ternary(0.7)))),))
     with pytest.raises(ValueError, match="not in the middle"):
         fit(Net(), QATCallback(wide), GradualQuantization(most_levels=4))
     with pytest.raises(ValueError, match="most_levels=1 is not allowed; choose 2 or more"):
         GradualQuantization(most_levels=1)
-    assert repr(GradualQuantization()) == "GradualQuantization(None, '*', most_levels=3)"
+    assert repr(GradualQuantization()) == "GradualQuantization(None, '*', most_levels=None)"
 
 
 def test_grids_with_more_levels_are_rounded_at_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -156,8 +159,8 @@ def test_grids_with_more_levels_are_rounded_at_once(caplog: pytest.LogCaptureFix
         assert (model.seen[0][2] > 0) == seen
     assert "most_levels" not in caplog.text
     with caplog.at_level("INFO"):
-        fit(Net(), QATCallback(recipes.int2()), GradualQuantization())
-    assert "all weights have more than most_levels=3 levels" in caplog.text
+        fit(Net(), QATCallback(learned("int2")), GradualQuantization())
+    assert "all weights have more levels than most_levels=None allows" in caplog.text
 
 
 def test_a_lower_width_on_the_way_softens_and_resumes_bit_identically(tmp_path: Path) -> None:
@@ -165,7 +168,7 @@ def test_a_lower_width_on_the_way_softens_and_resumes_bit_identically(tmp_path: 
         model = Watching()
         saves = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
         lower = ProgressiveBitWidth({0: 8, 1: 3, 3: 2}, unit="step")
-        callbacks = [QATCallback(recipes.int2()), lower, GradualQuantization(1.0, most_levels=4), saves]
+        callbacks = [QATCallback(learned("int2")), lower, GradualQuantization(1.0, most_levels=4), saves]
         fit(model, *callbacks, train=StatefulLoader(list(loader(48))), ckpt=ckpt)
         return model, state(model)
 

@@ -30,6 +30,7 @@ from tests.callbacks._models import (
     state,
     trainer,
 )
+from tests.learned import learned
 
 PLACES = ("__init__", "setup", "configure_model")
 QUANTIZERS = {f"{layer}.{part}_quantizer" for layer in ("first", "head") for part in ("weight", "input")}
@@ -198,7 +199,7 @@ def test_a_checkpoint_of_another_recipe_is_refused(stage: str, tmp_path: Path) -
         r"callback 2\n  rule '\*': input: checkpoint QuantizerSpec\(.*\), callback None\nUse the recipe of"
     )
     with pytest.raises(ValueError, match=message):
-        getattr(trainer(QATCallback(recipes.int2())), stage)(Net(), loader(), ckpt_path=path)
+        getattr(trainer(QATCallback(learned("int2"))), stage)(Net(), loader(), ckpt_path=path)
 
 
 def test_a_checkpoint_of_an_equal_recipe_that_has_a_name_is_taken(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from lightning_qat import (
     OscillationFreezing,
     ProgressiveBitWidth,
     QATCallback,
+    Recipe,
     Ternary,
     prepare,
     recipes,
@@ -24,6 +25,7 @@ from lightning_qat import (
 from lightning_qat.conversion.view import latent
 from lightning_qat.schedules import LinearRamp, QuadraticRamp, Ramp, Staircase
 from tests.callbacks._models import Net, StatefulLoader, adamw, assert_equal_states, fit, loader, state
+from tests.learned import learned
 
 LR, DECAY = 1e-2, 0.1  # of `adamw`
 
@@ -76,13 +78,16 @@ def test_steps_are_those_of_a_loop_by_hand(momentum: float, rate: float | Ramp, 
 
 
 @pytest.mark.parametrize(
-    ("width", "rate"),
-    [("ternary", 2.0), ("binary", QuadraticRamp(0.0, start=2.4)), ("seq2", 1.0), ("int3", 1.0)],
-)
-def test_rates_of_few_levels(width: str, rate: float | Ramp) -> None:
+    ("recipe", "rate"),
+    [
+        (learned("ternary"), 2.0), (recipes.binary(), QuadraticRamp(0.0, start=2.4)), (learned("seq2"), 1.0),
+        *((recipes.named(name), QuadraticRamp(0.0, start=4.0)) for name in ("ternary", "seq2", "int2", "int3")),
+    ],
+)  # fmt: skip
+def test_rates_of_few_levels(recipe: Recipe, rate: float | Ramp) -> None:
     def run(rate: float | Ramp | None) -> dict[str, Tensor]:
         model = Net()
-        fit(model, QATCallback(recipes.named(width)), OrthogonalUpdates(rate))
+        fit(model, QATCallback(recipe), OrthogonalUpdates(rate))
         return state(model)
 
     default, given, other = run(None), run(rate), run(1.5)

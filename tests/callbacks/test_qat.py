@@ -30,6 +30,7 @@ from lightning_qat import (
 from lightning_qat.callbacks.differences import differences
 from lightning_qat.conversion.state import prepared_state
 from tests.callbacks._models import LEARNED_INPUTS, Net, fake_quantizers, fit, grid_distance, loader, state, trainer
+from tests.learned import learned
 
 NAMESPACE = {**vars(lightning_qat), "torch": torch}
 
@@ -139,7 +140,7 @@ def test_parts_that_the_user_prepared_are_left_alone() -> None:
 
 def test_a_model_of_another_recipe_is_an_error() -> None:
     model = Net()
-    prepare(model, recipes.int2())
+    prepare(model, learned("int2"))
     message = (
         r"the model is prepared by another recipe.\n  rule '\*': weight.grid.bits: model 2, callback 4\n"
         r"Leave the recipe out, QATCallback\(\), or call unprepare"

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_qat import calibrate, gptq, prepare, recipes
+from lightning_qat import calibrate, gptq, prepare
 from lightning_qat.conversion.calibrate import calibration_state
 from tests.callbacks._models import LEARNED_INPUTS, Net, assert_equal_states, loader, state
+from tests.learned import learned
 
 
 def run(kind: str, folder: Path) -> None:
@@ -79,7 +80,7 @@ def test_weights_are_rounded_by_the_data_of_both_ranks(tmp_path: Path) -> None:
     for when in ("start", "end"):
         assert_equal_states(loaded(tmp_path / f"{when}0.pt"), loaded(tmp_path / f"{when}1.pt"))
     alone = Net()
-    prepare(alone, recipes.int2())
+    prepare(alone, learned("int2"))
     gptq(alone, [x for x, _ in loader()])
     for key, value in loaded(tmp_path / "start0.pt").items():
         assert torch.allclose(value, state(alone)[key], atol=1e-6), key

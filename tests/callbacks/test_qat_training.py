@@ -39,6 +39,7 @@ from tests.callbacks._models import (
     loader,
     state,
 )
+from tests.learned import learned
 
 
 def by_hand(model: Any, batches: Any, *, accumulate: int = 1, clip: float | None = None) -> None:
@@ -303,7 +304,7 @@ def test_validation_of_a_transformer_is_quantized(recipe: Any) -> None:
 def test_projections_of_attention_train_quantized(name: str) -> None:
     batches = [(torch.randn(4, 5, 16), torch.randint(CLASSES, (4,)))]
     model = Transformer()
-    made = fit(model, QATCallback(recipes.int2()), train=DataLoader(batches, batch_size=None))
+    made = fit(model, QATCallback(learned("int2")), train=DataLoader(batches, batch_size=None))
     scale = model.get_parameter(f"{name}_quantizer.scale")
     assert float(made.optimizers[0].state[scale]["exp_avg"].abs().sum()) > 0
 

@@ -23,6 +23,7 @@ from lightning_qat import (
     recipes,
 )
 from lightning_qat.conversion import Compensated
+from tests.learned import learned
 
 FEATURES = 16
 
@@ -48,7 +49,8 @@ def only(spec: QuantizerSpec, *transforms: Hadamard) -> Recipe:
 
 
 RECIPES = {
-    **{name: recipes.named(name) for name in ("int4", "int2", "seq2", "ternary", "binary", "piq3", "w4a8")},
+    **{name: recipes.named(name) for name in ("int4", "binary", "piq3", "w4a8")},
+    **{name: learned(name) for name in ("int2", "seq2", "ternary")},
     "groups": only(QuantizerSpec(Int(2), PerGroup(8))),
     "tensor": only(QuantizerSpec(Int(3), PerTensor())),
     "zero point": only(QuantizerSpec(Int(3, symmetric=False), scale=MinimumError())),
@@ -122,7 +124,7 @@ def test_rounds_are_groups_of_layers() -> None:
     found = {}
     for rounds in (1, 2):
         model = net()
-        prepare(model, recipes.int2())
+        prepare(model, learned("int2"))
         found[rounds] = (gptq(model, [data()], rounds=rounds), codes(model))
     assert torch.equal(found[1][1]["0.weight"].codes, found[2][1]["0.weight"].codes)
     assert not torch.equal(found[1][1]["2.weight"].codes, found[2][1]["2.weight"].codes)

@@ -100,7 +100,7 @@ def test_shapes_of_the_description(kind: str, quantize: str, embed_dim: int, num
     assert isinstance(model.input_projection, nn.Identity) == (embed_dim == 16)
 
 
-LEARNED = frozenset({"ternary", "binary", "int2", "int3", "int4", "seq2", "w4a8", "ternary_a8", "piq2", "piq3"})
+LEARNED = frozenset({"binary", "int4", "w4a8", "piq2", "piq3"})
 """Recipes of which every output channel of a quantized layer has a learned scale."""
 
 

@@ -41,7 +41,7 @@ from tests.quantization.combinations import (
     step_and_zero_point,
 )
 
-RECOMPUTED = (AbsMax(), AbsMean())
+RECOMPUTED = (AbsMax(), AbsMean(), AbsMean(0.6))
 each_grid = pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: grid.label)
 
 

@@ -4,6 +4,7 @@ import inspect
 import re
 
 import pytest
+import torch
 from torch import nn
 
 from lightning_qat import (
@@ -117,6 +118,25 @@ def test_groups_and_scale_dtype(name: str) -> None:
         assert rule.spec.weight is not None
         assert rule.spec.weight.granularity == PerGroup(4)
         assert rule.spec.weight.scale_dtype == "float16"
+
+
+@pytest.mark.parametrize(
+    ("name", "step"), [("int3", 0.55 * 2 / 3**0.5), ("int2", 1.0), ("seq2", 0.6 * 2 / 1.5**0.5), ("ternary", 1.3),
+                       ("ternary_a8", 1.3)],
+)  # fmt: skip
+def test_scales_of_few_levels_follow_the_weights(name: str, step: float) -> None:
+    model = nn.Sequential(nn.Linear(24, 6, bias=False))
+    prepare(model, recipes.named(name))
+    spec = spec_of(name).weight
+    assert spec is not None
+    assert (spec.granularity, spec.gradient) == (PerChannel(), Clipped())
+    for factor in (1.0, 2.0):  # nothing is stored: the scale is found anew
+        weight = model[0]._parameters["weight"]
+        assert weight is not None
+        weight.data *= factor
+        expected = step * weight.detach().double().abs().mean(1, keepdim=True)
+        torch.testing.assert_close(codes(model)["0.weight"].scale.double(), expected, rtol=1e-6, atol=0.0)
+    assert [key for key, _ in model.named_parameters()] == ["0.weight"]
 
 
 @pytest.mark.parametrize(("name", "transforms"), [("bitnet", ()), ("bitnet1", (Center(),))])

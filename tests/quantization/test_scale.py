@@ -48,6 +48,7 @@ def test_scales_of_rows(grid: Grid) -> None:
         AbsMax(): ref.absmax_scale(plain, wide.amax(1, keepdim=True)),
         MovingAverage(0.5): ref.absmax_scale(plain, wide.amax(1, keepdim=True)),  # a weight is one batch
         AbsMean(): ref.absmean_scale(plain, wide.mean(1, keepdim=True)),
+        AbsMean(0.6): 0.6 * ref.absmean_scale(plain, wide.mean(1, keepdim=True)),
         Percentile(97.0): ref.absmax_scale(plain, torch.tensor([[ref.percentile(row, 97.0)] for row in wide])),
         Percentile(100): ref.absmax_scale(plain, wide.amax(1, keepdim=True)),
     }

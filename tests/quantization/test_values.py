@@ -164,12 +164,15 @@ REFUSED: tuple[tuple[Build, type[Exception], str], ...] = (
     (lambda: Normalize(0.0), ValueError, r"Normalize: eps=0.0 is not allowed; choose .*positive and finite"),
     (lambda: Normalize(math.inf), ValueError, r"Normalize: eps=inf is not allowed"),
     *((make, ValueError, rf"{where}='0.5' is not allowed; choose ") for make, where in (
+        (lambda: AbsMean("0.5"), "AbsMean: multiple"),  # type: ignore[arg-type]
         (lambda: Ternary("0.5"), "Ternary: threshold"), (lambda: Percentile("0.5"), "Percentile: percentile"),  # type: ignore[arg-type]
         (lambda: MovingAverage("0.5"), "MovingAverage: momentum"), (lambda: Soft("0.5"), "Soft: temperature"),  # type: ignore[arg-type]
         (lambda: Clipped("0.5"), "Clipped: threshold"), (lambda: Normalize("0.5"), "Normalize: eps"),  # type: ignore[arg-type]
         (lambda: LearnedSoft("0.5"), "LearnedSoft: temperature"),  # type: ignore[arg-type]
         (lambda: ElementwiseScaling("0.5"), "ElementwiseScaling: delta"),  # type: ignore[arg-type]
     )),
+    *((lambda multiple=multiple: AbsMean(multiple), ValueError, rf"AbsMean: multiple={multiple} is not allowed; choose")
+      for multiple in (0, -1.0, math.inf, math.nan)),
     (lambda: Hadamard(1.5), TypeError, r"Hadamard: seed=1.5 is not an integer"),  # type: ignore[arg-type]
     (lambda: Hadamard(2**63), ValueError, r"Hadamard: seed=9223372036854775808 is not allowed; choose .* 64 bits"),
     (lambda: Layout(-1), ValueError, r"Layout: channel_axis=-1 is not allowed"),
@@ -184,7 +187,7 @@ REFUSED: tuple[tuple[Build, type[Exception], str], ...] = (
     (lambda: QuantizerSpec(Int(4), scale_dtype=["float16"]), ValueError, r"scale_dtype=\['float16'\]; choose"),  # type: ignore[arg-type]
     (lambda: QuantizerSpec(Int(4), PerToken()), ValueError, r"cannot be stored per token.*AbsMax\(\) and AbsMean\(\)"),
     (lambda: QuantizerSpec(Int(4, symmetric=False), scale=AbsMean()), ValueError,
-     r"AbsMean\(\) finds no zero point for Int\(.*symmetric=False\).*MinimumError\(\)"),
+     r"AbsMean\(multiple=1.0\) finds no zero point for Int\(.*symmetric=False\).*MinimumError\(\)"),
     (lambda: QuantizerSpec(Int(4, symmetric=False), scale=Learned(MovingAverage())), ValueError, r"no zero point"),
     (lambda: QuantizerSpec(Binary(), scale=Entropy()), ValueError, r"Entropy\(\) cannot choose a scale for Binary\(\)"),
     (lambda: QuantizerSpec(Int(4, symmetric=False), scale=Percentile(50)), ValueError,
