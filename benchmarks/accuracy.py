@@ -29,6 +29,7 @@ from typing import Any
 import lightning as L
 import torch
 
+from benchmarks.learned import with_learned_scale
 from benchmarks.output import machine
 from benchmarks.peers import PEERS, WEIGHT_BITS, parq
 from lightning_qat import (
@@ -173,18 +174,10 @@ def _after_training(width: str, *, search: bool) -> Recipe:
     return Recipe((Rule("*", LayerSpec(weight, spec.input)),))
 
 
-def _with_learned_scale(recipe: Recipe) -> Recipe:
-    spec = recipe.rules[0].spec
-    assert spec is not None
-    assert spec.weight is not None
-    weight = QuantizerSpec(spec.weight.grid, spec.weight.granularity)
-    return Recipe((Rule("*", LayerSpec(weight, spec.input)),))
-
-
 def _callbacks(method: str, width: str, module: L.LightningModule, mask: TargetMask | None) -> list[Any]:
     if method.startswith(LEARNED):
         same = _callbacks(OURS + method.removeprefix(LEARNED), width, module, mask)
-        return [QATCallback(_but_head(_with_learned_scale(recipes.named(width)), module)), *same[1:]]
+        return [QATCallback(_but_head(with_learned_scale(recipes.named(width)), module)), *same[1:]]
     if method.startswith(AFTER_TRAINING):
         return [QATCallback(_but_head(_after_training(width, search="absmax" not in method), module))]
     converting = [QATCallback(_but_head(recipes.named(width), module))] if method.startswith(OURS) else []

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
+from benchmarks.learned import with_learned_scale
 from benchmarks.output import machine, show
 from lightning_qat import (
     FisherError,
@@ -49,7 +50,7 @@ from lightning_qat.data import TextData
 from lightning_qat.models import LanguageModel
 
 NUM_BATCHES = 4
-UNIFORM = {2: recipes.int2(), 3: recipes.int3()}
+UNIFORM = {2: with_learned_scale(recipes.int2()), 3: with_learned_scale(recipes.int3())}
 CANDIDATES = (1, Ternary(), 2, 3, 4, recipes.int8())
 EVERY = tuple(range(len(CANDIDATES)))
 WITHOUT_TERNARY = tuple(i for i in EVERY if i != 1)
@@ -246,11 +247,11 @@ def variants(name: str) -> dict[tuple[str, str], Variant]:
             found[f"{bits} bits", label] = functools.partial(
                 allocated, bits=bits, candidates=candidates, sensitivity=sensitivity
             )
-    spec = recipes.int2().rules[0].spec
+    spec = UNIFORM[2].rules[0].spec
     assert spec is not None
     assert spec.weight is not None
     pi = Recipe((Rule("*", replace(spec, weight=replace(spec.weight, grid=Pi(2, 3)))),))
-    for label, recipe in (("Int(2)", recipes.int2()), ("Pi(2, 3)", pi)):
+    for label, recipe in (("Int(2)", UNIFORM[2]), ("Pi(2, 3)", pi)):
         base = recipe.rules[0].spec
         assert base is not None
         found["2 bits, rotation", label] = fixed(recipe)

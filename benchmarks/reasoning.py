@@ -28,6 +28,7 @@ from typing import Any
 import lightning as L
 import torch
 
+from benchmarks.learned import with_learned_scale
 from benchmarks.output import machine
 from lightning_qat import Distillation, QATCallback, ReasoningMatch, Recipe, Rule, prepare, recipes
 from lightning_qat.callbacks import BatchMask, TargetMask
@@ -40,7 +41,7 @@ FLOAT_STEPS = 1500
 QAT_STEPS = (FLOAT_STEPS // 3, FLOAT_STEPS // 15)
 BATCH_SIZE, NUM_TEST, LEVELS = 64, 500, (1, 2)
 QAT_LEARNING_RATE = 4e-3
-GRIDS = {"int3": recipes.int3, "int2": recipes.int2, "ternary": recipes.ternary}
+GRIDS = {name: with_learned_scale(recipes.named(name)) for name in ("int3", "int2", "ternary")}
 AFTER = {
     "rounding": "post-training, absolute maximum",
     "post-training": "post-training, scales of least error",
@@ -123,7 +124,7 @@ def callbacks_of(grid: str, method: str, weight: float = 1.0, preset: str = "def
         weights=ReasoningWeights.named(preset),
         weight=weight,
     )
-    found: list[Any] = [QATCallback(GRIDS[grid]())]
+    found: list[Any] = [QATCallback(GRIDS[grid])]
     if method != "qat":
         found.append(Distillation(mask=TargetMask(), reasoning=match if method == "reasoning" else None))
     return found
@@ -135,7 +136,7 @@ def quantized(grid: str, method: str, steps: int, seed: int, cache: Path) -> Ari
     module = model(seed, learning_rate=QAT_LEARNING_RATE, weight_decay=0.0)
     module.load_state_dict(weights)
     if method in AFTER:
-        prepare(module, rounding(grid) if method == "rounding" else GRIDS[grid]())
+        prepare(module, rounding(grid) if method == "rounding" else GRIDS[grid])
     else:
         fit(module, data(seed + 1000, steps), steps, callbacks_of(grid, method))
     return module

@@ -1,9 +1,9 @@
 """What progressive bit widths and distillation are worth below 3 bits, at equal numbers of steps.
 
-    python benchmarks/recipes.py --study trained --seeds 0 1 2 --output benchmarks/recipes_trained.json
-    python benchmarks/recipes.py --study scratch --seeds 0 1 2 --output benchmarks/recipes_scratch.json
-    python benchmarks/recipes.py --study int2 --seeds 0 1 2 --output benchmarks/recipes_int2.json
-    python benchmarks/recipes.py --study ternary --seeds 0 1 2 --output benchmarks/recipes_ternary.json
+    python -m benchmarks.recipes --study trained --seeds 0 1 2 --output benchmarks/recipes_trained.json
+    python -m benchmarks.recipes --study scratch --seeds 0 1 2 --output benchmarks/recipes_scratch.json
+    python -m benchmarks.recipes --study int2 --seeds 0 1 2 --output benchmarks/recipes_int2.json
+    python -m benchmarks.recipes --study ternary --seeds 0 1 2 --output benchmarks/recipes_ternary.json
 
 The model is a language model of bytes (hidden size 64, 3 layers, context 64) on the documentation that ships with
 Python. Figures are validation losses in nats per byte, mean and standard error over the seeds; each seed has its own
@@ -25,6 +25,7 @@ from typing import Any
 import lightning as L
 import torch
 
+from benchmarks.learned import with_learned_scale
 from lightning_qat import Distillation, Int, ProgressiveBitWidth, QATCallback, Ternary, recipes
 from lightning_qat.data import TextData
 from lightning_qat.models import LanguageModel
@@ -32,7 +33,7 @@ from lightning_qat.schedules import ByFraction
 
 FLOAT_STEPS, SHORT, LONG = 1200, 100, 400
 SEQUENCE_LENGTH, BATCH_SIZE = 64, 16
-GRIDS = {"int2": recipes.int2(), "ternary": recipes.ternary()}
+GRIDS = {name: with_learned_scale(recipes.named(name)) for name in ("int2", "ternary")}
 STAGES: dict[str, ByFraction | None] = {
     "direct": None,
     "8-4-2 at 1/3, 2/3": ByFraction({0.0: 8, 1 / 3: 4, 2 / 3: 2}),
