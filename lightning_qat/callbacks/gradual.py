@@ -15,7 +15,7 @@ from lightning_qat.quantization.grid import Ternary
 from lightning_qat.quantization.quantizer import FakeQuantizer
 
 _LEARNED, _BINARY, _RECOMPUTED = 0.3, 0.6, 0.8
-"""Shares of the run over which rounding sets in: where scales are learned, the same at two levels, or recomputed."""
+"""Shares of the run over which rounding sets in: where scales are learned, at two levels, where they are recomputed."""
 
 _MOST_LEVELS, _MOST_RECOMPUTED = 3, 8
 _MIDDLE: Final = 0.5
@@ -38,8 +38,8 @@ class GradualQuantization(pl.Callback):
     rounding is complete.
 
     Args:
-        fraction: share of the run's optimizer steps, in (0, 1]. None: 0.3 where scales are learned (or stored), 0.6 for
-            two levels, 0.8 where scales are recomputed from the weights in each step, as those of ``bitnet``.
+        fraction: share of the run's optimizer steps, in (0, 1]. None: 0.6 for two levels; for others 0.3 where scales
+            are learned (or stored), 0.8 where they are recomputed from the weights in each step.
         match: glob over dotted layer names.
         most_levels: of the grids that it is for, 2 or more: 4 is 2 bits, 8 is 3 bits. Where ``ProgressiveBitWidth``
             changes grids, that of the step counts. None: 3 where scales are learned (or stored), 8 where they are
@@ -121,9 +121,9 @@ class GradualQuantization(pl.Callback):
     def _fraction(self, quantizer: FakeQuantizer) -> float:
         if self.fraction is not None:
             return self.fraction
-        if not quantizer.stored:
-            return _RECOMPUTED
-        return _BINARY if quantizer.grid.num_levels == _LEAST_LEVELS else _LEARNED
+        if quantizer.grid.num_levels == _LEAST_LEVELS:
+            return _BINARY
+        return _LEARNED if quantizer.stored else _RECOMPUTED
 
     @override
     def teardown(self, trainer: "pl.Trainer", pl_module: nn.Module, stage: str) -> None:

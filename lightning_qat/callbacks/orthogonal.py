@@ -27,8 +27,8 @@ _MATRIX: Final = 2
 _RATES: Final[dict[int, "float | Ramp"]] = {2: QuadraticRamp(0.0, start=2.4), 3: 2.0}
 """Of weights with so few levels, where no rate is given; 1 of others."""
 _SETTLING: Final = QuadraticRamp(0.0, start=4.0)
-_MOST_LEVELS: Final = 8
-"""Of weights whose scales are recomputed from them: up to here they move by ``_SETTLING`` where no rate is given."""
+_SETTLING_LEVELS: Final = range(3, 9)
+"""Numbers of levels at which weights move by ``_SETTLING`` whose scales are recomputed from them."""
 
 
 @final
@@ -53,11 +53,11 @@ class OrthogonalUpdates(pl.Callback):
     Args:
         rate: factor of the learning rate for these weights, positive, also as a ramp over the run. None: 2 for weights
             of three levels, ``QuadraticRamp(0.0, start=2.4)`` for those of two levels, which do best when their signs
-            settle early, and 1 for others; where scales are recomputed ``QuadraticRamp(0.0, start=4.0)`` for 8 levels
-            and less.
+            settle early, and 1 for others; where scales are recomputed ``QuadraticRamp(0.0, start=4.0)`` for 3 to 8
+            levels.
         momentum: of the gradients, in [0, 1).
         match: glob over dotted layer names.
-        recomputed: whether also weights move like this whose scales are no parameters. None: those of 8 levels and less
+        recomputed: whether also weights move like this whose scales are no parameters. None: those of 3 to 8 levels
             whose scales are recomputed from them in each step; others move as the optimizer moves them.
 
     Raises:
@@ -116,7 +116,7 @@ class OrthogonalUpdates(pl.Callback):
         self._weights = _matrices(pl_module, self.match)
         if not any(self._takes(parameter) for parameter in self._weights):
             rank_zero_info(
-                "OrthogonalUpdates: no weight has a learned scale, or one that is recomputed for 8 levels or less; "
+                "OrthogonalUpdates: no weight has a learned scale, or one that is recomputed for 3 to 8 levels; "
                 "all move as the optimizer moves them. recomputed=True would take them, too."
             )
         self._scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
@@ -211,13 +211,13 @@ class OrthogonalUpdates(pl.Callback):
     def _takes(self, parameter: Tensor) -> bool:
         quantizer = self._weights[parameter].quantizer
         if self.recomputed is None and not quantizer.stored:
-            return quantizer.grid.num_levels <= _MOST_LEVELS
+            return quantizer.grid.num_levels in _SETTLING_LEVELS
         return quantizer.learned or bool(self.recomputed)
 
     def _rate(self, parameter: Tensor) -> float | Ramp:
         quantizer = self._weights[parameter].quantizer
         levels = quantizer.grid.num_levels
-        if self.rate is None and not quantizer.stored and levels <= _MOST_LEVELS:
+        if self.rate is None and not quantizer.stored and levels in _SETTLING_LEVELS:
             return _SETTLING
         return self.rate or _RATES.get(levels, 1.0)
 
