@@ -129,6 +129,7 @@ def variants() -> dict[str, Build]:
             Recipe((Rule("*", LayerSpec(QuantizerSpec(Int(4), PerGroup(32), AbsMax(), StraightThrough()))),))
         ),
         "int4 learned": _ours(recipes.int4()),
+        "ternary": _ours(recipes.ternary()),
         "w8a8": _ours(recipes.w8a8()),
         "w8a8 simulated": _ours(recipes.w8a8(), "simulated"),
         "w4a8 absmax": _ours(_absmax(4, inputs=True)),

@@ -22,6 +22,7 @@ def differences(present: Recipe, given: Recipe, names: tuple[str, str]) -> tuple
     >>> print(*differences(recipes.int4(), recipes.int2(group_size=32), ("a", "b")), sep=chr(10))
     rule '*': weight.grid.bits: a 4, b 2
     rule '*': weight.granularity: a PerChannel(), b PerGroup(size=32)
+    rule '*': weight.scale: a Learned(init=MinimumError()), b AbsMean(multiple=0.5)
     """
     before, after = ([dataclasses.replace(rule, source="") for rule in recipe.rules] for recipe in (present, given))
     lines: list[str] = []
