@@ -121,7 +121,7 @@ class OrthogonalUpdates(pl.Callback):
             )
         self._scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         for optimizer in trainer.optimizers:
-            _check_optimizer(optimizer, [slot for p, slot in self._in(optimizer) if self._takes(p)], self._scaled)
+            _check_optimizer(optimizer, [self._weights[p] for p, _ in self._taken(optimizer)], self._scaled)
         remove(self._handles)
         self._handles = hook_steps(trainer.optimizers, "OrthogonalUpdates", before=self._before, after=self._after)
 
@@ -177,21 +177,21 @@ class OrthogonalUpdates(pl.Callback):
 
         return args[:1], {**kwargs, "closure": hiding}
 
-    def _in(self, optimizer: Optimizer) -> Iterator[tuple[Tensor, Slot]]:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter in self._weights:
-                    yield parameter, self._weights[parameter]
-
-    def _hide(self, optimizer: Optimizer) -> None:
+    def _taken(self, optimizer: Optimizer) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        """Yield the weights of an optimizer that move by this callback now, with their group."""
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter in self._weights and self._takes(parameter):
-                    if _name(self._weights[parameter]) not in self._momenta:  # a grid of few levels came later
-                        _check_optimizer(optimizer, [self._weights[parameter]], self._scaled)
-                    settings = float(group["lr"]), float(group.get("weight_decay") or 0.0)
-                    self._hidden[parameter] = parameter.grad, *settings
-                    parameter.grad = None
+                    yield parameter, group
+
+    def _hide(self, optimizer: Optimizer) -> None:
+        for parameter, group in self._taken(optimizer):
+            slot = self._weights[parameter]
+            if _name(slot) not in self._momenta:  # a grid of few levels may have come after the start
+                _check_optimizer(optimizer, [slot], self._scaled)
+            settings = float(group["lr"]), float(group.get("weight_decay") or 0.0)
+            self._hidden[parameter] = parameter.grad, *settings
+            parameter.grad = None
 
     def _show(self) -> None:
         for parameter, (gradient, _, _) in self._hidden.items():

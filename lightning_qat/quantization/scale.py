@@ -73,13 +73,13 @@ class AbsMean(Scale):
 
     Args:
         multiple: the factor, positive and finite. LSQ's start is wide for few levels: the least error of Gaussian
-            values is at 1.53 (ternary), 0.77 (``HalfInt(2)``), 0.63 (``Int(3)``).
+            values is at 1.53 (ternary), 0.76 (``HalfInt(2)``), 0.66 (``Int(2)``), 0.65 (``Int(3)``).
 
     Raises:
         ValueError: multiple out of range.
 
-    Source: BitNet, arXiv:2310.11453, arXiv:2402.17764; LSQ's start, arXiv:1902.08153; multiples of the mean of the
-    weights as scales: DoReFa-Net, arXiv:1606.06160, and ternary weight networks, arXiv:1605.04711.
+    Source: BitNet, arXiv:2310.11453, arXiv:2402.17764; LSQ's start, arXiv:1902.08153; a multiple
+    of the mean, there as the threshold: ternary weight networks, arXiv:1605.04711.
     """
 
     recomputed: ClassVar[bool] = True

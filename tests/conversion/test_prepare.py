@@ -54,8 +54,8 @@ class TestRepetition:
 
     def test_where_a_rule_comes_from_does_not_count(self) -> None:
         model = network()
-        prepare(model, recipes.int4())
-        prepare(model, Recipe((Rule("*", LayerSpec(QuantizerSpec(Int(4)))),)))
+        first = prepare(model, recipes.int4())
+        assert prepare(model, Recipe((Rule("*", LayerSpec(QuantizerSpec(Int(4)))),))).rows == first.rows
 
     def test_other_recipe_shows_the_difference(self) -> None:
         model = network()

@@ -177,9 +177,10 @@ class TestFloatWeights:
             assert not any(q.enabled for q in quantizers(model).values())
 
     def test_plain_model(self) -> None:
-        model = network()
+        model, x = network(), torch.randn(1, 6)
+        expected = model(x)
         with float_weights(model):
-            model(torch.randn(1, 6))
+            assert torch.equal(model(x), expected)
 
     @pytest.mark.parametrize("transforms", [(Hadamard(),), (Normalize(), Hadamard()), (Center(),)])
     def test_a_disabled_input_quantizer_leaves_the_rotation_on(self, transforms: tuple[Hadamard, ...]) -> None:
