@@ -13,7 +13,7 @@ from typing import Any, Final
 from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 FULL_ERROR: Final = "HYDRA_FULL_ERROR"
 _NO_DEFAULT: Final = re.compile(r"Could not override '([^']+)'. No match in the defaults list")
@@ -66,6 +66,8 @@ def explain(error: Exception) -> str | None:
         if isinstance(cause, OmegaConfBaseException) and isinstance(cause.parent_node, DictConfig):
             return _unknown_key(str(cause.full_key), cause.parent_node)
         return str(error)
+    if isinstance(error, MissingMandatoryValue):
+        return _without_value(str(error))
     if isinstance(error, OmegaConfBaseException):
         return str(error).splitlines()[0]
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
@@ -73,6 +75,11 @@ def explain(error: Exception) -> str | None:
     if "Config group override must be a string or a list" in str(error):
         return "GROUP=null: a group takes the name of an option; leave it out with ~GROUP"
     return str(error) if _is_for_users(error) else None
+
+
+def _without_value(message: str) -> str:
+    key = message.splitlines()[0].rpartition(" ")[2]
+    return f"{key}: no value is given, and there is no default; set it in the config, or here: {key}=VALUE"
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

@@ -10,6 +10,7 @@ from typing import Any, Final, final
 import torch
 from torch import Tensor, nn
 
+from lightning_qat.conversion._checks import check_model
 from lightning_qat.conversion.allocation import Allocation, cheapest
 from lightning_qat.conversion.calibrate import default_forward
 from lightning_qat.conversion.plan import joined
@@ -98,6 +99,7 @@ def allocate_bits(
 
     Source: HAWQ-V3, arXiv:2011.10680 (the integer program), with measured sensitivities.
     """
+    check_model("allocate_bits", model)
     check_request(average_bits, candidates)
     check_measure(sensitivity, "allocate_bits")
     state = prepared_state(model)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from lightning_qat.conversion._checks import check_model
 from lightning_qat.conversion.baked_input import BAKED_ARGUMENTS, BAKED_INPUT, BakedInput, apply_baked_input
 from lightning_qat.conversion.baked_linear import integer_dtypes, multiply_integers
 from lightning_qat.conversion.inputs import ARGUMENTS, quantize_inputs
@@ -43,8 +44,10 @@ def codes(model: nn.Module) -> dict[str, QuantizedTensor]:
     A weight that several modules share appears once, under its first name.
 
     Raises:
+        TypeError: if model is no module.
         ValueError: if the model is neither, or its weights are sharded.
     """
+    check_model("codes", model)
     _check_whole(model)
     found: dict[str, QuantizedTensor] = {}
     seen: set[object] = set()
@@ -91,9 +94,11 @@ def bake(model: _Module) -> _Module:
     with quantized inputs carry a child ``baked_input`` that quantizes them in plain operations.
 
     Raises:
+        TypeError: if model is no module.
         ValueError: if the model is not prepared or has no quantized layer, is sharded, or an input scale was never
             calibrated.
     """
+    check_model("bake", model)
     _check_whole(model)
     if any(CODES in vars(module) or BAKED_INPUT in module._modules for module in model.modules()):
         raise ValueError(f"{type(model).__name__} is baked already")

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_qat.conversion._checks import check_model
 from lightning_qat.conversion.sharding import find_scale_of
 from lightning_qat.conversion.state import quantizers, refresh_scales
 from lightning_qat.conversion.undisturbed import eagerly, evaluating, undisturbed_loaders, undisturbed_randomness
@@ -41,8 +42,10 @@ def calibrate(
         The number of batches that each quantizer saw, by dotted name; empty where nothing is to be calibrated.
 
     Raises:
+        TypeError: if model is no module.
         ValueError: no batches, or layers that saw no data.
     """
+    check_model("calibrate", model)
     return find_input_scales(model, stored_inputs(model), batches, forward)
 
 

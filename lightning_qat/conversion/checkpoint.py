@@ -8,6 +8,7 @@ from typing import Any, Final, TypeVar
 import torch
 from torch import nn
 
+from lightning_qat.conversion._checks import check_model
 from lightning_qat.conversion.lora import merged_state
 from lightning_qat.conversion.prepare import convert
 from lightning_qat.conversion.slots import QUANTIZER_NAMES
@@ -49,11 +50,13 @@ def load_checkpoint(
         The module.
 
     Raises:
+        TypeError: if module is no module.
         FileNotFoundError: no such file.
         ValueError: a damaged file, or one without a state_dict; ``quantized=True`` with a checkpoint that holds no
             recipe; a prepared module with another recipe than the checkpoint's.
         RuntimeError: keys that do not fit (``load_state_dict``).
     """
+    check_model("load_checkpoint", module, "module")
     checkpoint = _read(path, weights_only)
     state: dict[str, Any] = checkpoint.get("state_dict", checkpoint)
     stored = checkpoint.get(CHECKPOINT_KEY)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from lightning_qat.conversion._checks import check_model
 from lightning_qat.conversion.bake import CODES, bake, codes
 from lightning_qat.conversion.calibrate import default_forward
 from lightning_qat.conversion.prepare import prepared_state
@@ -54,9 +55,11 @@ def fold_batchnorm(model: nn.Module, batch: Any, forward: Forward | None = None)
         The copy, in evaluation mode, with ``nn.Identity`` where BatchNorm was.
 
     Raises:
+        TypeError: if model is no module.
         ValueError: a model that is neither prepared nor baked; an f of 0 on a grid without zero.
         RuntimeError: outputs that differ by more than rounding.
     """
+    check_model("fold_batchnorm", model)
     baked = bake(model) if prepared_state(model) is not None else copy.deepcopy(model)
     codes(baked)  # raises for a float model
     run = forward or default_forward
@@ -269,8 +272,10 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Any], forward: Forw
         The model.
 
     Raises:
+        TypeError: if model is no module.
         ValueError: no batches.
     """
+    check_model("reestimate_batchnorm", model)
     norms = [m for m in model.modules() if isinstance(m, _NORMS) and m.running_mean is not None]
     num_batches = 0
     with _averaging(model, norms):

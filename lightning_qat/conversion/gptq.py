@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_qat.conversion._checks import check_model
 from lightning_qat.conversion.calibrate import default_forward
 from lightning_qat.conversion.sharding import is_sharded
 from lightning_qat.conversion.slots import slots_of
@@ -77,10 +78,12 @@ def gptq(
         What was done, by dotted layer name; empty where no layer qualifies.
 
     Raises:
+        TypeError: if model is no module.
         ValueError: a model that is not prepared, arguments out of range, no batches, layers that no data reached.
 
     Source: GPTQ, arXiv:2210.17323; as a start for training our own, near to EfficientQAT, arXiv:2407.11062.
     """
+    check_model("gptq", model)
     check_arguments(damping, rounds)
     if prepared_state(model) is None:
         raise ValueError("gptq: the model is not prepared; call prepare(model, recipe) first")

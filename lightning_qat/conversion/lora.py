@@ -8,6 +8,7 @@ from typing import Any, Final, final
 import torch
 from torch import Tensor, nn
 
+from lightning_qat.conversion._checks import check_model
 from lightning_qat.conversion.plan import joined
 from lightning_qat.conversion.sharding import is_sharded
 from lightning_qat.conversion.state import layers, quantizers, refresh_scales
@@ -85,11 +86,13 @@ def add_lora(
         The dotted names of the weights that have adapters.
 
     Raises:
+        TypeError: if model is no module.
         ValueError: a model that is not prepared, a pattern that matches nothing, a rank above min(outputs, inputs), a
             weight that cannot have an adapter, or that has another one.
 
     Source: the adapter: LoRA, arXiv:2106.09685; quantizing the merged weight: ruvLLM's LoRA-QAT, W_q = Q(W + BA).
     """
+    check_model("add_lora", model)
     check_low_rank(rank, alpha, dropout, base, "add_lora")  # before float() has its own word
     settings = Settings(rank, float(alpha), float(dropout), base)
     return adapt(model, settings, match=match, trainable=trainable, complete=True)
@@ -218,6 +221,7 @@ def merge_lora(model: nn.Module) -> tuple[str, ...]:
     Returns:
         The dotted names of the weights that had adapters; none is no error.
     """
+    check_model("merge_lora", model)
     return fold_adapters(model, exact=True)
 
 

@@ -6,6 +6,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from lightning_qat.conversion._checks import check_model
 from lightning_qat.conversion.lora import attach_adapter
 from lightning_qat.conversion.prepare import prepare
 from lightning_qat.conversion.report import ConversionReport
@@ -49,9 +50,11 @@ def adopt_peft(model: nn.Module, recipe: Recipe, *, arithmetic: str = "auto", ba
         The report of :func:`~lightning_qat.prepare`.
 
     Raises:
+        TypeError: if model is no module.
         ValueError: no layer of peft, or one that cannot be adopted (DoRA and other variants, several or merged
             adapters, a bias, another kind of layer), or that the recipe leaves in float; the model is untouched then.
     """
+    check_model("adopt_peft", model)
     found = [_read(name, module) for name, module in tuner_layers(model).items()]
     if not found:
         raise ValueError(f"adopt_peft: {type(model).__name__} holds no layer of peft; use prepare() and add_lora()")

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from lightning_qat.conversion._checks import check_model
 from lightning_qat.conversion.coverage import report_of
 from lightning_qat.conversion.fused import ARITHMETIC, may_run_on_integers
 from lightning_qat.conversion.inputs import ARGUMENTS, quantize_inputs
@@ -117,8 +118,7 @@ def convert(model: nn.Module, recipe: Recipe, *, arithmetic: str = "auto") -> Co
 
 
 def _check_arguments(model: nn.Module, recipe: Recipe, arithmetic: str) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"prepare: model={model!r} is not a torch.nn.Module")
+    check_model("prepare", model)
     if not isinstance(recipe, Recipe):
         raise TypeError(f"prepare: recipe={recipe!r} is not a Recipe; try recipes.int4() or recipes.named('int4')")
     if arithmetic not in _ARITHMETIC:

@@ -10,6 +10,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from lightning_qat.conversion._checks import check_model
+
 _FORWARD: Final = "forward"
 
 
@@ -38,6 +40,7 @@ def recompute_activations(model: nn.Module, match: str | Iterable[str]) -> tuple
         >>> recompute_activations(model, "0")
         ('0',)
     """
+    check_model("recompute_activations", model)
     globs = checked_globs(match, "recompute_activations")
     present = {name: m for name, m in model.named_modules() if name and type(m).forward is not nn.Module.forward}
     idle = [glob for glob in globs if not any(fnmatchcase(name, glob) for name in present)]
@@ -61,6 +64,7 @@ def recompute_activations(model: nn.Module, match: str | Iterable[str]) -> tuple
 
 def keep_activations(model: nn.Module) -> None:
     """Undo :func:`recompute_activations`; a model without is left alone."""
+    check_model("keep_activations", model)
     for module in model.modules():
         if _is_ours(module):
             del vars(module)[_FORWARD]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from lightning_qat.conversion._checks import check_model
 from lightning_qat.conversion.bake import CODES, bake, codes
 from lightning_qat.conversion.baked_input import BAKED_ARGUMENTS, BAKED_INPUT, BakedInput, apply_baked_input
 from lightning_qat.conversion.calibrate import default_forward
@@ -25,6 +26,7 @@ _ROUNDING: Final = 0.02  # as of BatchNorm: a quantized input may fall on the ot
 
 def online_rotations(model: nn.Module) -> dict[str, Hadamard]:
     """Return which layers of a baked model rotate their input while they run, by dotted name."""
+    check_model("online_rotations", model)
     found = {name: _rotation(module) for name, module in model.named_modules()}
     return {name: rotation.value for name, rotation in found.items() if rotation is not None}
 
@@ -50,11 +52,13 @@ def fold_rotations(model: nn.Module, batch: Any, forward: Forward | None = None)
         The copy, in evaluation mode; :func:`online_rotations` tells what is left.
 
     Raises:
+        TypeError: if model is no module.
         ValueError: a model that is neither prepared nor baked.
         RuntimeError: outputs that differ by more than rounding.
 
     Source: computational invariance, QuaRot, arXiv:2404.00456 section 3.
     """
+    check_model("fold_rotations", model)
     baked = bake(model) if prepared_state(model) is not None else copy.deepcopy(model)
     codes(baked)  # raises for a float model
     run = forward or default_forward
@@ -102,11 +106,13 @@ def rotate_between(
         forward: called with (model, batch); the default is that of ``calibrate``.
 
     Raises:
+        TypeError: if model is no module.
         ValueError: layers that are not linear, or quantized; blocks that do not fit.
         RuntimeError: outputs that differ by more than rounding.
 
     Source: computational invariance, QuaRot, arXiv:2404.00456 section 3.
     """
+    check_model("rotate_between", model)
     first, second = _linear(model, producer), _linear(model, consumer)
     start, stop = rows or (0, first.out_features)
     size = block or stop - start

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from lightning_qat.conversion._checks import check_model
 from lightning_qat.conversion.fused import ARITHMETIC
 from lightning_qat.conversion.inputs import ARGUMENTS, quantize_inputs, remove_hook
 from lightning_qat.conversion.lora import fold_adapters
@@ -26,8 +27,10 @@ def unprepare(model: nn.Module) -> nn.Module:
     LoRA adapters are merged into the weights, which get the dtype that their layers compute in.
 
     Raises:
+        TypeError: if model is no module.
         RuntimeError: if a class was put on top of a prepared module since (``fully_shard``).
     """
+    check_model("unprepare", model)
     for module in model.modules():
         check_detachable(module)
     fold_adapters(model, exact=False)
@@ -53,6 +56,7 @@ def unprepare(model: nn.Module) -> nn.Module:
 @contextmanager
 def float_weights(model: nn.Module) -> Iterator[None]:
     """Turn quantization of weights and inputs off inside the context: the model computes with its latent weights."""
+    check_model("float_weights", model)
     present = list(quantizers(model).values())
     before = [quantizer.enabled for quantizer in present]
     try:

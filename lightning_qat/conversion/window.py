@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from lightning_qat.conversion._checks import check_model
 from lightning_qat.conversion.sharding import is_sharded
 from lightning_qat.conversion.state import quantizers
 from lightning_qat.functional.fake_quantize import Setting
@@ -41,6 +42,7 @@ def accumulation_window(model: nn.Module) -> Iterator[None]:
                 (loss_of(model, batch) / len(micro_batches)).backward()
         optimizer.step()
     """
+    check_model("accumulation_window", model)
     with ExitStack() as stack:
         open_window(model, stack)
         yield

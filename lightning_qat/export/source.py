@@ -8,6 +8,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from lightning_qat.conversion._checks import check_model
 from lightning_qat.conversion.bake import bake, codes
 from lightning_qat.conversion.baked_input import BAKED_INPUT
 from lightning_qat.conversion.calibrate import default_forward
@@ -74,6 +75,7 @@ def read_source(model: nn.Module, batches: Iterable[Any] | None = None, forward:
         TypeError: one batch in the place of several.
         RefusedError: state that is no tensor.
     """
+    check_model("export", model)
     if isinstance(batches, Tensor | Mapping | str):
         raise TypeError(
             f"export: batches= takes a list of batches, here is one {type(batches).__name__}; give batches=[it]"

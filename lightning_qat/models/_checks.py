@@ -1,5 +1,9 @@
 """Argument checks that the models share."""
 
+from typing import Any
+
+from torch import Tensor, nn
+
 
 def check_dimensions(**sizes: int) -> None:
     """Raise a ValueError that names the first size below 1, or a hidden_size that num_heads does not divide."""
@@ -30,3 +34,19 @@ def check_optimizer(*, learning_rate: float, weight_decay: float, warmup_fractio
         raise ValueError(f"weight_decay={weight_decay}: expected 0 or more, such as 0.01")
     if not 0 <= warmup_fraction <= 1:
         raise ValueError(f"warmup_fraction={warmup_fraction}: expected a share of the steps in [0, 1], such as 0.1")
+
+
+def check_samples(model: nn.Module, samples: Any, num_dims: int, *, floating: bool, expected: str) -> None:
+    """Raise a TypeError where a model gets the batches of another model's data.
+
+    Args:
+        model: that is called.
+        samples: what it is called with.
+        num_dims: that they should have.
+        floating: whether they should be floating-point numbers.
+        expected: what they should be, in words.
+    """
+    if isinstance(samples, Tensor) and samples.dim() == num_dims and samples.is_floating_point() == floating:
+        return
+    given = f"{samples.dtype} {list(samples.shape)}" if isinstance(samples, Tensor) else type(samples).__name__
+    raise TypeError(f"{type(model).__name__}: got {given} where {expected} are expected; does the data fit the model?")

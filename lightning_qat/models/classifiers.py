@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_qat.models._checks import check_dimensions, check_optimizer
+from lightning_qat.models._checks import check_dimensions, check_optimizer, check_samples
 from lightning_qat.models.optimizers import adamw_with_cosine
 from lightning_qat.models.transformer import Transformer
 
@@ -136,6 +136,7 @@ class SequenceClassifier(AbstractClassifier):
 
     def forward(self, samples: Tensor) -> Tensor:
         """Return the logits [B, num_classes] of sequences [B, T, embed_dim]."""
+        check_samples(self, samples, 3, floating=True, expected="sequences, [B, T, embed_dim],")
         logits: Tensor = self.head(self.backbone(samples))
         return logits
 
@@ -207,5 +208,6 @@ class ConvNet(AbstractClassifier):
 
     def forward(self, samples: Tensor) -> Tensor:
         """Return the logits [B, num_classes] of images [B, in_channels, height, width]."""
+        check_samples(self, samples, 4, floating=True, expected="images, [B, in_channels, height, width],")
         logits: Tensor = self.head(self.blocks(samples).mean(dim=(2, 3)))
         return logits

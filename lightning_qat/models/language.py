@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from lightning_qat.models._checks import check_dimensions, check_optimizer
+from lightning_qat.models._checks import check_dimensions, check_optimizer, check_samples
 from lightning_qat.models.generation import answers_match, greedy_generate
 from lightning_qat.models.optimizers import adamw_with_cosine
 from lightning_qat.models.transformer import Transformer
@@ -88,6 +88,7 @@ class AbstractLanguageModel(L.LightningModule, ABC):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return the logits [B, T, V] of the token after each of the tokens [B, T]."""
+        check_samples(self, tokens, 2, floating=False, expected="tokens, int64 [B, T],")
         logits: Tensor = self.head(self.backbone.features(self.embedding(tokens)))
         return logits
 
@@ -270,6 +271,9 @@ class ArithmeticModel(AbstractLanguageModel):
 
     def tokens_and_targets(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return the entries ``tokens`` and ``targets``."""
+        if not isinstance(batch, Mapping):
+            given = type(batch).__name__
+            raise TypeError(f"ArithmeticModel: a batch is a {given}, not a dict; does the data fit the model?")
         return batch["tokens"], batch["targets"]
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:

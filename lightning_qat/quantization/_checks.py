@@ -28,3 +28,13 @@ def check_flag(where: str, value: bool) -> None:
     """Refuse what is neither True nor False."""
     if not isinstance(value, bool):
         raise ValueError(f"{where}={value!r} is not allowed; choose True or False")
+
+
+def check_kind(where: str, value: object, kind: type) -> None:
+    """Refuse what is no instance of a class.
+
+    Raises:
+        TypeError: with the argument, what was given and what is wanted.
+    """
+    if not isinstance(value, kind):
+        raise TypeError(f"{where}={value!r} is not a {kind.__name__}")

@@ -18,6 +18,7 @@ from lightning_qat.functional.bounded import (
 from lightning_qat.functional.fake_quantize import Setting, fake_quantize, quantize
 from lightning_qat.functional.scaling import Sample
 from lightning_qat.functional.softening import softened
+from lightning_qat.quantization._checks import check_kind
 from lightning_qat.quantization.gradient import TEMPERATURE_RANGE, LearnedSoft
 from lightning_qat.quantization.granularity import Layout
 from lightning_qat.quantization.grid import Grid, decode_grid
@@ -54,6 +55,7 @@ class FakeQuantizer(nn.Module):
         name: dotted name used in messages.
 
     Raises:
+        TypeError: a spec that is none.
         ValueError: a granularity that does not fit the shape or the layout.
 
     >>> from lightning_qat.quantization import AbsMax, FakeQuantizer, Int, PerTensor, QuantizerSpec
@@ -70,9 +72,9 @@ class FakeQuantizer(nn.Module):
         self, spec: QuantizerSpec, shape: tuple[int, ...] = (), layout: Layout | None = None, *, name: str = "quantizer"
     ) -> None:
         super().__init__()
-        self.spec, self.name = spec, name
+        check_kind("FakeQuantizer: spec", spec, QuantizerSpec)
+        self.spec, self.name, self.owner = spec, name, name.rpartition(".")[0]
         self.layout = layout or Layout(channel_axis=0 if shape else None)
-        self.owner = name.rpartition(".")[0]
         self.grid: Grid = spec.grid
         # Used in the forward: stays the same object while only the bit width changes, or torch.compile would recompile.
         self.family: Grid = spec.grid

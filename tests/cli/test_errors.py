@@ -122,6 +122,7 @@ def test_bugs_keep_their_trace() -> None:
           "+callbacks.regularization.penalties=[{_target_: lightning_qat.Penalty, loss: {_target_: "
           "lightning_qat.losses.sparsity}}]"],
          "penalties[0].loss: sparsity() missing 1 required positional argument: 'latent'; give them, or add _partial_"),
+        (["recipe=custom"], "recipe.rules: no value is given, and there is no default"),
         (["seed=abc"], "seed='abc' is not allowed; choose an integer from 0 to 4294967295"),
         (["seed=-1"], "seed=-1 is not allowed"),
         (["trainer.max_epochs=many"], "trainer.max_epochs='many' is not allowed; expected int, or null"),
@@ -147,3 +148,13 @@ def test_mistakes_come_up_before_anything_is_trained(
     captured = capsys.readouterr()
     assert message in captured.err
     assert "float training" not in captured.out
+
+
+def test_data_of_another_model(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lightning-qat", "model=text", "data=digits"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "lightning-qat: LanguageModel: got torch.float32" in capsys.readouterr().err

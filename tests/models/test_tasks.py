@@ -1,6 +1,7 @@
 """The task modules in a real trainer: they fit, log, save and load, and their metrics are right."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_qat.data import ArithmeticData, DigitImages, DigitsData, TextData
 from lightning_qat.data.arithmetic_problems import ANSWER_TOKEN, END_TOKEN, VOCABULARY, decode, parse_answer
@@ -201,3 +202,23 @@ def test_errors_of_the_convolution_net() -> None:
         ConvNet(channels=())
     with pytest.raises(ValueError, match="num_classes=0"):
         ConvNet(0)
+
+
+@pytest.mark.parametrize(
+    ("model", "samples", "given"),
+    [
+        (language_model, torch.zeros(2, 8, 8), "torch.float32"),
+        (language_model, torch.zeros(8, dtype=torch.long), "torch.int64"),
+        (classifier, torch.zeros(2, 8, dtype=torch.long), "torch.int64"),
+        (ConvNet, torch.zeros(2, 8, 8), "torch.float32"),
+        (ConvNet, [1, 2], "list"),
+    ],
+)
+def test_batches_of_other_data(model: Callable[[], nn.Module], samples: Any, given: str) -> None:
+    with pytest.raises(TypeError, match=rf"got {given}.* are expected; does the data fit the model\?"):
+        model()(samples)
+
+
+def test_arithmetic_wants_named_batches() -> None:
+    with pytest.raises(TypeError, match=r"a batch is a tuple, not a dict; does the data fit the model\?"):
+        ArithmeticModel().tokens_and_targets((torch.zeros(2, 3), torch.zeros(2)))  # type: ignore[arg-type]
