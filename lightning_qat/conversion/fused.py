@@ -27,9 +27,10 @@ from lightning_qat.conversion.view import (
 )
 from lightning_qat.conversion.weight_only import weight_only
 from lightning_qat.conversion.window import setting_in_window
-from lightning_qat.functional.fake_quantize import Setting, cast
+from lightning_qat.functional.fake_quantize import Setting
 from lightning_qat.functional.fused_linear import fused_linear
 from lightning_qat.functional.integer import MAX_FEATURES, integers_are_exact, integers_pay
+from lightning_qat.functional.levels import cast
 from lightning_qat.functional.recomputed_linear import Origin, recomputed_linear
 from lightning_qat.quantization.granularity import PerChannel, PerGroup, PerTensor, PerToken
 from lightning_qat.quantization.grid import Grid

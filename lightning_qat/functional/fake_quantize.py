@@ -14,85 +14,13 @@ from lightning_qat.functional.bounded import attached_scale
 from lightning_qat.functional.gradients import number
 from lightning_qat.functional.kernels import run, wanted
 from lightning_qat.functional.learned_scale import lsq_divisor, lsq_summands
+from lightning_qat.functional.levels import cast, dequantize_, levels_, narrow, units, widened
 from lightning_qat.functional.points import GradientRule, Point, Rounding
 from lightning_qat.functional.scratch import Scratch
 
 _LARGE: Final = 1 << 20  # elements from which on a compiled kernel for the forward earns the time of its call
 _PIECE: Final = 1 << 18  # elements that either handles at a time on CPU: their temporaries stay in the cache
 _WORTHWHILE: Final = 1 << 16  # elements from which on a compiled kernel for backward earns the time of its call
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
-
-
-def _units(x: Tensor, scale: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """Return x in units of the scale, NaN replaced by zero; infinities by the largest finite numbers, or not."""
-    u = torch.div(_wide(x), scale, out=out)
-    if torch.compiler.is_compiling():  # compiled for CPUs, nan_to_num() looks at one number at a time
-        return torch.where(u == u, u, 0.0)
-    return torch.nan_to_num_(u)
-
-
-def _levels_(
-    u: Tensor, zero_point: Tensor | None, *, lo: Tensor | float, hi: Tensor | float, rounding: Rounding
-) -> Tensor:
-    """Replace values in units of the scale by their levels."""
-    u = rounding.round_(u)
-    if zero_point is not None:
-        u = u.add_(zero_point)
-    # clamp takes tensors or numbers, not one of each; bounds are tensors where bit widths change during a run
-    return u.clamp_(number(lo), number(hi))  # type: ignore[arg-type]
-
-
-def quantize(
-    x: Tensor, scale: Tensor, zero_point: Tensor | None, *, lo: Tensor | float, hi: Tensor | float, rounding: Rounding
-) -> Tensor:
-    r"""Return the levels :math:`q = clamp(round(x / s - o) + o + z, lo, hi)`, as floating point numbers.
-
-    Args:
-        x: latent values in any floating dtype; the arithmetic is float32, or float64 for float64 input.
-        scale: positive step s, broadcastable to x.
-        zero_point: integer z as floating point, broadcastable to x, or None for a symmetric grid.
-        lo: smallest level, in units of the scale.
-        hi: largest level, in units of the scale.
-        rounding: the grid's rounding; it holds the offset o.
-
-    Non-finite values are defined: NaN maps to the level nearest to zero, infinities to the outermost levels.
-
-    Source: ONNX QuantizeLinear (order of operations), arXiv:1712.05877 eq. 1.
-    """
-    return _levels_(_units(x, scale), zero_point, lo=lo, hi=hi, rounding=rounding)
-
-
-def dequantize_(q: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-    """Replace levels by the values they stand for, as :func:`dequantize` does."""
-    return q.mul_(scale) if zero_point is None else q.sub_(zero_point).mul_(scale)
-
-
-def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-    r"""Return :math:`(q - z) s`.
-
-    >>> dequantize(torch.tensor([-2.0, 1.0]), torch.tensor(0.5), None)
-    tensor([-1.0000,  0.5000])
-    """
-    return q * scale if zero_point is None else (q - zero_point) * scale
-
-
-def narrow(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Convert to the dtype of the latent values, saturating where float16 would overflow.
-
-    >>> narrow(torch.tensor([1.0, -1e6]), torch.float16)
-    tensor([ 1.0000e+00, -6.5504e+04], dtype=torch.float16)
-    """
-    if dtype == torch.float16:
-        values = values.clamp(-65504.0, 65504.0)
-    return cast(values, dtype)
-
-
-def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return x in a dtype, without calling torch where it has it: after a large product each call is a cache miss."""
-    return x if x.dtype == dtype else x.to(dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,10 +66,10 @@ class Setting:
     def levels(self, x: Tensor) -> Tensor:
         """Return :func:`quantize` of x."""
         u = self._units(x, self.scale)
-        return _levels_(u, self.zero_point, lo=self.lo, hi=self.hi, rounding=self.rounding)
+        return levels_(u, self.zero_point, lo=self.lo, hi=self.hi, rounding=self.rounding)
 
     def _units(self, x: Tensor, scale: Tensor, *, out: Tensor | None = None) -> Tensor:
-        return torch.div(_wide(x), scale, out=out) if self.no_nan else _units(x, scale, out=out)
+        return torch.div(widened(x), scale, out=out) if self.no_nan else units(x, scale, out=out)
 
     def fake_quantized(self, x: Tensor) -> Tensor:
         """Return what the nearest levels of x stand for, in the dtype of x."""
@@ -158,7 +86,7 @@ class Setting:
         out, lo, hi = torch.empty_like(x), number(self.lo), number(self.hi)
         for rows, scale, zero_point in self._pieces(x):
             u = self._units(x[rows], scale, out=out[rows])
-            dequantize_(_levels_(u, zero_point, lo=lo, hi=hi, rounding=self.rounding), scale, zero_point)
+            dequantize_(levels_(u, zero_point, lo=lo, hi=hi, rounding=self.rounding), scale, zero_point)
         return out
 
     def values(self, levels: Tensor, dtype: torch.dtype) -> Tensor:
@@ -206,7 +134,7 @@ class Setting:
         scratch = Scratch()
         for part, rows in self.parts(x):
             scratch.begin(shared=rows is not ...)
-            wide, point = _wide(_taken(grad, rows)), part._point(_taken(x, rows), scratch)
+            wide, point = widened(_taken(grad, rows)), part._point(_taken(x, rows), scratch)
             if out is not None:
                 self._input_gradient(wide, point, _taken(out, rows))
             if total is not None:
@@ -235,12 +163,12 @@ class Setting:
         return None if total is None else total / lsq_divisor(x.numel(), num_scales, hi)
 
     def _point(self, x: Tensor, scratch: Scratch) -> Point:
-        wide = _wide(x)
-        u = _units(wide, self.scale, out=scratch.take(wide, self.scale))
+        wide = widened(x)
+        u = units(wide, self.scale, out=scratch.take(wide, self.scale))
         copied = scratch.take(u, u)
         q = u.clone() if copied is None else copied.copy_(u)
         lo, hi = self.ends or (self.lo, self.hi)
-        q = _levels_(q, self.zero_point, lo=lo, hi=hi, rounding=self.rounding)
+        q = levels_(q, self.zero_point, lo=lo, hi=hi, rounding=self.rounding)
         u = u if self.zero_point is None else u.add_(self.zero_point)
         return Point(wide, u, q, self.scale, lo, hi, self.rounding, self.temperature)
 

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_qat.functional.application import applied, transformed_or_compiled
-from lightning_qat.functional.fake_quantize import Setting, cast
+from lightning_qat.functional.fake_quantize import Setting
 from lightning_qat.functional.integer import scaled_product
+from lightning_qat.functional.levels import cast
 from lightning_qat.functional.points import GradientRule, Rounding
 from lightning_qat.functional.weight_only_linear import fits, product_weight, weight_gradient, weight_only_linear
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_qat.functional.bounded import finish_scale
-from lightning_qat.functional.fake_quantize import dequantize, quantize
 from lightning_qat.functional.gradients import number
+from lightning_qat.functional.levels import dequantize, quantize
 from lightning_qat.functional.points import Rounding
 
 _CHUNK = 1 << 18  # elements searched at a time by each thread: the temporaries then stay in the cache

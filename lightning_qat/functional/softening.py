@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from lightning_qat.functional.fake_quantize import Setting, narrow, quantize
+from lightning_qat.functional.fake_quantize import Setting
 from lightning_qat.functional.gradients import number
+from lightning_qat.functional.levels import narrow, quantize
 from lightning_qat.functional.points import Rounding
 
 

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from lightning_qat.functional.application import differentiable_once
 from lightning_qat.functional.bounded import magnitude_gradient
-from lightning_qat.functional.fake_quantize import Setting, cast
+from lightning_qat.functional.fake_quantize import Setting
+from lightning_qat.functional.levels import cast
 
 
 class _WeightOnlyLinear(torch.autograd.Function):

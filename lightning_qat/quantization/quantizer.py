@@ -15,7 +15,8 @@ from lightning_qat.functional.bounded import (
     scale_floor,
     tells_no_nan,
 )
-from lightning_qat.functional.fake_quantize import Setting, fake_quantize, quantize
+from lightning_qat.functional.fake_quantize import Setting, fake_quantize
+from lightning_qat.functional.levels import quantize
 from lightning_qat.functional.scaling import Sample
 from lightning_qat.functional.softening import softened
 from lightning_qat.quantization.gradient import TEMPERATURE_RANGE, LearnedSoft

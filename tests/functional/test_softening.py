@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_qat.functional.fake_quantize import quantize
+from lightning_qat.functional.levels import quantize
 from lightning_qat.functional.softening import soft_values
 from lightning_qat.quantization import Binary, Grid, HalfInt, Int, Pi, Ternary
 
