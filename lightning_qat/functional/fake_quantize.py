@@ -11,7 +11,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from lightning_qat.functional.application import applied
 from lightning_qat.functional.bounded import attached_scale
-from lightning_qat.functional.gradients import number
+from lightning_qat.functional.gradients import within
 from lightning_qat.functional.kernels import run, wanted
 from lightning_qat.functional.learned_scale import lsq_divisor, lsq_summands
 from lightning_qat.functional.levels import cast, dequantize_, levels_, narrow, units, widened
@@ -55,6 +55,11 @@ class Setting:
         return self.learned or self.rule.needs_input
 
     @property
+    def only_clips(self) -> bool:
+        """Whether the gradient of x is that of the values within the bounds, zero outside: levels do not count."""
+        return self.rule.only_clips and self.needs_input
+
+    @property
     def _fields(self) -> tuple[Any, ...]:
         tensors = self.scale, self.zero_point, self.temperature, self.lo, self.hi
         return *tensors, self.rounding, self.rule, self.learned
@@ -76,18 +81,23 @@ class Setting:
         if self.ends is not None and self.zero_point is None and x.dtype == self.scale.dtype and x.numel() <= _PIECE:
             # What follows below, in fewer calls: after a product of matrices, each takes microseconds.
             u = torch.div(x, self.scale)
-            u = self.rounding.round_(u if self.no_nan else torch.nan_to_num_(u))
-            return u.clamp_(*self.ends).mul_(self.scale)
+            return self._valued_(u if self.no_nan else torch.nan_to_num_(u), self.scale, None)
         if wanted(x, _LARGE):
             return run(_values, self._key(x), x, *self._fields)
         whole = x.numel() <= _PIECE or x.device.type != "cpu" or torch.compiler.is_compiling()
         if whole or x.dtype != self.scale.dtype:
             return self.values(self.levels(x), x.dtype)
-        out, lo, hi = torch.empty_like(x), number(self.lo), number(self.hi)
+        out = torch.empty_like(x)
         for rows, scale, zero_point in self._pieces(x):
-            u = self._units(x[rows], scale, out=out[rows])
-            dequantize_(levels_(u, zero_point, lo=lo, hi=hi, rounding=self.rounding), scale, zero_point)
+            self._valued_(self._units(x[rows], scale, out=out[rows]), scale, zero_point)
         return out
+
+    def _valued_(self, u: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+        """Replace values in units of a scale by what their levels stand for."""
+        if self.ends is not None and zero_point is None:  # in few calls
+            return self.rounding.round_(u).clamp_(*self.ends).mul_(scale)
+        levels = levels_(u, zero_point, lo=self.lo, hi=self.hi, rounding=self.rounding)
+        return dequantize_(levels, scale, zero_point)
 
     def values(self, levels: Tensor, dtype: torch.dtype) -> Tensor:
         """Return what levels stand for, in the dtype of the latent values; the levels are overwritten."""
@@ -128,6 +138,8 @@ class Setting:
         """
         if wanted(x, _WORTHWHILE):
             return run(_gradients, (needs, *self._key(x)), grad, x, needs, *self._fields)
+        if self.only_clips and not (needs[1] and self.learned):
+            return self._clipped(grad, x) if needs[0] else None, None, None
         out = torch.empty_like(x) if needs[0] else None
         sums: Tensor | None = None
         total = torch.zeros_like(self.temperature) if needs[2] and self.temperature is not None else None
@@ -150,9 +162,43 @@ class Setting:
                     sums = found
         return out, self._divided(sums, x, self.scale.numel()), self._divided(total, x, 1)
 
+    def clip_(self, grad: Tensor, x: Tensor) -> Tensor:
+        """Overwrite the gradient of the values of x by that of x, where :attr:`only_clips`; return those values.
+
+        Both begin with x in units of the scale, and memory of the values holds that first.
+        """
+        plain = self.zero_point is None and grad.dtype == x.dtype == self.scale.dtype
+        if self.ends is None or not plain or wanted(x, _WORTHWHILE):
+            clipped, values = self.gradients(grad, x, (True, False, False))[0], self.fake_quantized(x)
+            assert clipped is not None  # noqa: S101 - it is wanted
+            grad.copy_(clipped)
+            return values
+        values = torch.empty_like(x)
+        for rows, scale, _ in self._pieces(x):
+            u, part = self._units(_taken(x, rows), scale, out=_taken(values, rows)), _taken(grad, rows)
+            within(part, u, *self.ends, out=part)
+            self._valued_(u, scale, None)
+        return values
+
+    def _clipped(self, grad: Tensor, x: Tensor) -> Tensor:
+        out, scratch = torch.empty_like(x), Scratch()
+        for rows, scale, zero_point in self._pieces(x):
+            scratch.begin(shared=rows is not ...)
+            wide = widened(_taken(x, rows))
+            u = self._units(wide, scale, out=scratch.take(wide, scale))
+            self._clip(widened(_taken(grad, rows)), u if zero_point is None else u.add_(zero_point), _taken(out, rows))
+        return out
+
+    def _clip(self, grad: Tensor, u: Tensor, out: Tensor) -> None:
+        lo, hi = self.ends or (self.lo, self.hi)
+        if grad.dtype == u.dtype == out.dtype:
+            within(grad, u, lo, hi, out=out)
+        else:
+            out.copy_(within(grad, u, lo, hi))
+
     def _input_gradient(self, grad: Tensor, point: Point, out: Tensor) -> None:
-        if self.learned and self.rule.only_clips and grad.dtype == point.u.dtype == out.dtype:
-            point.clip(grad, out=out)
+        if self.only_clips:
+            self._clip(grad, point.u, out)
             return
         inner = self.rule.input_gradient(grad, point)
         out.copy_(point.clip(inner) if self.learned else inner)

@@ -17,7 +17,7 @@ class Quantized:
         latent: the parameter.
         kind: what else the values depend on, such as their dtype.
         setting: how it was quantized, out of any graph.
-        values: codes or values, as the product takes them; a weight in the graph for straight-through.
+        values: codes or values, as the product takes them; in the graph where the gradient is clipped at most.
         complete: whether setting and values are all that another product needs: neither is in a graph.
     """
 

@@ -12,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_qat import (
     AbsMax,
+    AbsMean,
+    Clipped,
     Int,
     LayerSpec,
     Learned,
@@ -23,6 +25,7 @@ from lightning_qat import (
     Recipe,
     Rule,
     StraightThrough,
+    Ternary,
     accumulation_window,
     float_weights,
     prepare,
@@ -32,6 +35,8 @@ from lightning_qat.conversion import fused, weight_only
 WEIGHTS = {
     "dynamic": QuantizerSpec(Int(4), PerChannel(), AbsMax(), StraightThrough()),
     "grouped": QuantizerSpec(Int(4), PerGroup(4), AbsMax(), StraightThrough()),
+    "clipped": QuantizerSpec(Ternary(), PerChannel(), AbsMean(), Clipped()),
+    "clipped groups": QuantizerSpec(Int(2), PerGroup(4), AbsMean(0.66), Clipped()),
     "learned": QuantizerSpec(Int(4), PerChannel(), Learned()),
 }
 TOKENS = QuantizerSpec(Int(8, narrow=True), PerToken(), AbsMax(), StraightThrough())
@@ -83,7 +88,7 @@ def steps(module: nn.Module, *, window: bool) -> list[Tensor]:
 @pytest.mark.parametrize("weight", WEIGHTS)
 def test_numbers(monkeypatch: pytest.MonkeyPatch, taken: list[bool], weight: str, window: bool) -> None:
     found = steps(layer(LayerSpec(WEIGHTS[weight])), window=window)
-    assert taken == [not (window and weight == "learned"), True, True] * 2  # the general forward fills that window
+    assert taken == [True] * 6
     monkeypatch.setattr(fused, "weight_only", lambda module, x: None)
     for one, other in zip(found, steps(layer(LayerSpec(WEIGHTS[weight])), window=False), strict=True):
         assert torch.equal(one, other)
@@ -124,12 +129,13 @@ def test_more_than_a_weight(taken: list[bool], spec: LayerSpec) -> None:
     assert taken == [False]
 
 
+@pytest.mark.parametrize("weight", ["dynamic", "clipped", "clipped groups"])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [(96,), (3, 96), (2, 3, 96), (3, 2, 96), (8, 16, 96)])
-def test_shapes_in_a_window(taken: list[bool], shape: tuple[int, ...], bias: bool) -> None:
+def test_shapes_in_a_window(taken: list[bool], shape: tuple[int, ...], bias: bool, weight: str) -> None:
     torch.manual_seed(0)
     module = nn.Linear(96, 64, bias=bias)
-    prepare(module, Recipe((Rule("*", LayerSpec(WEIGHTS["dynamic"])),)))
+    prepare(module, Recipe((Rule("*", LayerSpec(WEIGHTS[weight])),)))
     x = torch.randn(shape)
     x = (x.transpose(0, 1) if shape == (3, 2, 96) else x).requires_grad_()
     found: list[list[Tensor]] = []
@@ -144,14 +150,34 @@ def test_shapes_in_a_window(taken: list[bool], shape: tuple[int, ...], bias: boo
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing_in_a_window(reentrant: bool) -> None:
-    module, x = layer(LayerSpec(WEIGHTS["dynamic"])), torch.randn(3, 12, requires_grad=True)
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_checkpointing_in_a_window(weight: str, reentrant: bool) -> None:
+    module, x = layer(LayerSpec(WEIGHTS[weight])), torch.randn(3, 12, requires_grad=True)
     module(x).square().sum().backward()
     gradients = [parameter.grad for parameter in module.parameters()]
     module.zero_grad()
     with accumulation_window(module):
         checkpoint(module, x, use_reentrant=reentrant).square().sum().backward()
     assert all(torch.equal(one, two.grad) for one, two in zip(gradients, module.parameters(), strict=True))
+
+
+def test_a_weight_that_changes_in_a_window() -> None:
+    module, x = layer(LayerSpec(WEIGHTS["clipped"])), torch.randn(3, 12)
+    with accumulation_window(module):
+        y = module(x).sum()
+        with torch.no_grad():
+            module._parameters["weight"].add_(1.0)
+        with pytest.raises(RuntimeError, match="changed in place between forward and backward"):
+            y.backward()
+
+
+def test_a_frozen_weight_in_a_window() -> None:
+    module, x = layer(LayerSpec(WEIGHTS["clipped"])), torch.randn(3, 12, requires_grad=True)
+    expected = torch.autograd.grad(module(x).square().sum(), x)[0]
+    module._parameters["weight"].requires_grad_(False)
+    with accumulation_window(module):
+        for _ in range(2):
+            assert torch.equal(torch.autograd.grad(module(x).square().sum(), x)[0], expected)
 
 
 def test_contexts(taken: list[bool]) -> None:
