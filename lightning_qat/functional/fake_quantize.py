@@ -17,6 +17,7 @@ from lightning_qat.functional.learned_scale import lsq_divisor, lsq_summands
 from lightning_qat.functional.levels import cast, dequantize_, levels_, narrow, units, widened
 from lightning_qat.functional.points import GradientRule, Point, Rounding
 from lightning_qat.functional.scratch import Scratch
+from lightning_qat.functional.softening import soft_levels_
 
 _LARGE: Final = 1 << 20  # elements from which on a compiled kernel for the forward earns the time of its call
 _PIECE: Final = 1 << 18  # elements that either handles at a time on CPU: their temporaries stay in the cache
@@ -42,6 +43,9 @@ class Setting:
 
     parameter: Tensor | None = None
     """Where the gradient of a scale goes that was learned, but is out of the graph."""
+
+    softness: Tensor | float | None = None
+    """Where rounding has not set in wholly: how soft it is. The gradients are those of hard rounding."""
 
     def attached(self) -> "Setting":
         """Return the same with a learned scale in the graph."""
@@ -82,11 +86,11 @@ class Setting:
             # What follows below, in fewer calls: after a product of matrices, each takes microseconds.
             u = torch.div(x, self.scale)
             return self._valued_(u if self.no_nan else torch.nan_to_num_(u), self.scale, None)
-        if wanted(x, _LARGE):
+        if wanted(x, _LARGE) and self.softness is None:
             return run(_values, self._key(x), x, *self._fields)
         whole = x.numel() <= _PIECE or x.device.type != "cpu" or torch.compiler.is_compiling()
         if whole or x.dtype != self.scale.dtype:
-            return self.values(self.levels(x), x.dtype)
+            return narrow(self._valued_(self._units(x, self.scale), self.scale, self.zero_point), x.dtype)
         out = torch.empty_like(x)
         for rows, scale, zero_point in self._pieces(x):
             self._valued_(self._units(x[rows], scale, out=out[rows]), scale, zero_point)
@@ -94,6 +98,11 @@ class Setting:
 
     def _valued_(self, u: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
         """Replace values in units of a scale by what their levels stand for."""
+        if self.softness is not None:
+            lo, hi = self.ends or (self.lo, self.hi)
+            if zero_point is not None:  # to take it off the bounds spares two roundings of what lies between integers
+                lo, hi = lo - zero_point, hi - zero_point
+            return soft_levels_(u, self.softness, lo=lo, hi=hi, rounding=self.rounding).mul_(scale)
         if self.ends is not None and zero_point is None:  # in few calls
             return self.rounding.round_(u).clamp_(*self.ends).mul_(scale)
         levels = levels_(u, zero_point, lo=self.lo, hi=self.hi, rounding=self.rounding)
@@ -253,14 +262,16 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(
         x: Tensor, scale: Tensor, zero_point: Tensor | None, temperature: Tensor | None, lo: Tensor, hi: Tensor,
-        rounding: Rounding, rule: GradientRule, learned: bool, no_nan: bool,
+        rounding: Rounding, rule: GradientRule, learned: bool, no_nan: bool, softness: Tensor | float | None,
     ) -> Tensor:  # fmt: skip
-        setting = Setting(scale, zero_point, temperature, lo, hi, rounding, rule, learned, no_nan)
+        setting = Setting(
+            scale, zero_point, temperature, lo, hi, rounding, rule, learned, no_nan, softness=softness
+        )  # fmt: skip
         return setting.hoisted().fake_quantized(x)
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, scale, zero_point, temperature, lo, hi, rounding, rule, learned, _ = inputs
+        x, scale, zero_point, temperature, lo, hi, rounding, rule, learned, _, _ = inputs
         ctx.rounding, ctx.rule, ctx.learned = rounding, rule, learned  # type: ignore[attr-defined]
         if learned or rule.needs_input:
             ctx.save_for_backward(x, scale, zero_point, temperature, lo, hi)
@@ -272,17 +283,18 @@ class _FakeQuantize(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # once: activation checkpointing refuses to unpack a tensor again
         if not saved:
-            return (grad, *(None,) * 9)
+            return (grad, *(None,) * 10)
         x, scale, zero_point, temperature, lo, hi = saved
         needs = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]
         setting = Setting(scale, zero_point, temperature, lo, hi, ctx.rounding, ctx.rule, ctx.learned)
         grad_x, grad_scale, grad_temperature = setting.not_before(grad).gradients(grad, x, needs)
-        return (grad_x, grad_scale, None, grad_temperature, *(None,) * 6)
+        return (grad_x, grad_scale, None, grad_temperature, *(None,) * 7)
 
 
 def fake_quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor | None = None, *, lo: Tensor, hi: Tensor, rounding: Rounding,
     rule: GradientRule, learned: bool = False, temperature: Tensor | None = None, no_nan: bool = False,
+    softness: Tensor | float | None = None,
 ) -> Tensor:  # fmt: skip
     r"""Fake-quantize: :math:`\hat x = (q - z) s` with q as in :func:`quantize`, in the dtype of x.
 
@@ -297,6 +309,8 @@ def fake_quantize(
         learned: whether scale takes the LSQ gradient; the clip mask then applies to the gradient of x, too.
         temperature: parameter of a rule that learns one, shape [1].
         no_nan: whether x is known to hold no NaN, so that none is looked for.
+        softness: how soft the rounding is, as in :func:`~lightning_qat.functional.softening.soft_levels_`, or None.
     """
-    y: Tensor = applied(_FakeQuantize, x, scale, zero_point, temperature, lo, hi, rounding, rule, learned, no_nan)
+    tensors = x, scale, zero_point, temperature, lo, hi
+    y: Tensor = applied(_FakeQuantize, *tensors, rounding, rule, learned, no_nan, softness)
     return y

@@ -16,9 +16,9 @@ from lightning_qat.functional.bounded import (
     tells_no_nan,
 )
 from lightning_qat.functional.fake_quantize import Setting, fake_quantize
+from lightning_qat.functional.gradients import number
 from lightning_qat.functional.levels import quantize
 from lightning_qat.functional.scaling import Sample
-from lightning_qat.functional.softening import softened
 from lightning_qat.quantization.gradient import TEMPERATURE_RANGE, LearnedSoft
 from lightning_qat.quantization.granularity import Layout
 from lightning_qat.quantization.grid import Grid, decode_grid
@@ -165,9 +165,8 @@ class FakeQuantizer(nn.Module):
         out = fake_quantize(
             grouped, setting.scale, setting.zero_point, lo=setting.lo, hi=setting.hi, rounding=setting.rounding,
             rule=setting.rule, learned=setting.learned, temperature=setting.temperature, no_nan=setting.no_nan,
+            softness=setting.softness,
         )  # fmt: skip
-        if self.softness is not None and self.softened:
-            out = out + (softened(grouped, setting, self.softness) - out).detach()
         return self.spec.granularity.ungroup(out, tuple(x.shape), self.layout)
 
     def setting(self, x: Tensor, known: tuple[Tensor, Tensor | None] | None = None) -> tuple[Tensor, Setting]:
@@ -192,7 +191,8 @@ class FakeQuantizer(nn.Module):
         no_nan = not self.stored and tells_no_nan(step, x, self.family.step_factor * scale_floor(self._scale_dtype))
         tensors = step, zero_point, temperature, self.lo, self.hi
         ends = None if torch.compiler.is_compiling() else self.grid.bounds  # else it would compile anew for other bits
-        return grouped, Setting(*tensors, self.family, self.spec.gradient, self.learned, no_nan, ends, parameter)
+        rest = no_nan, ends, parameter, None if self.softness is None or not self.training else number(self.softness)
+        return grouped, Setting(*tensors, self.family, self.spec.gradient, self.learned, *rest)
 
     def _connected(self, x: Tensor) -> Tensor:
         """Keep parameters in the graph while disabled: DDP waits for the gradient of every parameter."""

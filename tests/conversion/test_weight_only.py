@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_qat import (
     AbsMax,
     AbsMean,
+    Binary,
     Clipped,
     Int,
     LayerSpec,
@@ -94,12 +95,53 @@ def test_numbers(monkeypatch: pytest.MonkeyPatch, taken: list[bool], weight: str
         assert torch.equal(one, other)
 
 
+def soften(module: nn.Module, softness: float | None) -> nn.Module:
+    quantizer: Any = module.weight_quantizer
+    quantizer.softness = None if softness is None else torch.tensor(softness)
+    return module
+
+
+@pytest.mark.parametrize("window", [False, True])
+@pytest.mark.parametrize("weight", [*WEIGHTS, "binary"])
+def test_soft_numbers(monkeypatch: pytest.MonkeyPatch, taken: list[bool], weight: str, window: bool) -> None:
+    spec = LayerSpec((WEIGHTS | {"binary": QuantizerSpec(Binary())})[weight])
+    found = steps(soften(layer(spec), 0.3), window=window)
+    assert taken == [True] * 6
+    monkeypatch.setattr(fused, "weight_only", lambda module, x: None)
+    hard, soft = steps(layer(spec), window=False), steps(soften(layer(spec), 0.3), window=window)
+    assert not torch.equal(found[0], hard[0])
+    for one, other in zip(found, soft, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("weight", ["dynamic", "clipped", "learned"])
+def test_softness_that_changes_in_a_window(weight: str) -> None:
+    module, x = layer(LayerSpec(WEIGHTS[weight])), torch.randn(3, 12)
+    expected = [soften(module, softness)(x) for softness in (0.7, 0.3, None)]
+    assert not torch.equal(expected[0], expected[1])
+    with accumulation_window(module):
+        for softness, y in zip((0.7, 0.3, None), expected, strict=True):
+            assert torch.equal(soften(module, softness)(x), y)
+            assert torch.equal(module(x), y)
+        soften(module, 0.5)
+        assert torch.equal(module.eval()(x), expected[2])  # only training is soft
+
+
+@pytest.mark.parametrize("weight", ["clipped", "clipped groups", "learned"])
+def test_kept_for_backward_while_soft(weight: str) -> None:
+    module, x = soften(layer(LayerSpec(WEIGHTS[weight])), 0.3), torch.randn(3, 12)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        module(x)
+    inside = {tensor.data_ptr() for tensor in (x, *module.parameters())}
+    assert sum(tensor.numel() for tensor in kept if tensor.data_ptr() not in inside) <= 32  # scales
+
+
 CHANGES: dict[str, Callable[[nn.Module], Any]] = {
     "weight_norm": parametrizations.weight_norm,
     "pruning": lambda module: prune.l1_unstructured(module, "weight", 0.5),
     "hook": lambda module: module.weight_quantizer.register_forward_hook(lambda *_: None),
     "disabled": lambda module: setattr(module.weight_quantizer, "enabled", False),
-    "softened": lambda module: setattr(module.weight_quantizer, "softness", torch.tensor(0.5)),
     "double": lambda module: module.double(),
 }
 
