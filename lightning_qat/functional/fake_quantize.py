@@ -182,20 +182,23 @@ class Setting:
             assert clipped is not None  # noqa: S101 - it is wanted
             grad.copy_(clipped)
             return values
+        if x.numel() <= _PIECE:
+            u = self._units(x, self.scale)
+            within(grad, u, *self.ends, out=grad)
+            return self._valued_(u, self.scale, None)
         values = torch.empty_like(x)
         for rows, scale, _ in self._pieces(x):
-            u, part = self._units(_taken(x, rows), scale, out=_taken(values, rows)), _taken(grad, rows)
+            u, part = self._units(x[rows], scale, out=values[rows]), grad[rows]
             within(part, u, *self.ends, out=part)
             self._valued_(u, scale, None)
         return values
 
     def _clipped(self, grad: Tensor, x: Tensor) -> Tensor:
-        out, scratch = torch.empty_like(x), Scratch()
+        out, room = torch.empty_like(x), grad.dtype == x.dtype == self.scale.dtype and not torch.compiler.is_compiling()
         for rows, scale, zero_point in self._pieces(x):
-            scratch.begin(shared=rows is not ...)
-            wide = widened(_taken(x, rows))
-            u = self._units(wide, scale, out=scratch.take(wide, scale))
-            self._clip(widened(_taken(grad, rows)), u if zero_point is None else u.add_(zero_point), _taken(out, rows))
+            part = _taken(out, rows)  # holds x in units of the scale first, where it has room
+            u = self._units(_taken(x, rows), scale, out=part if room else None)
+            self._clip(widened(_taken(grad, rows)), u if zero_point is None else u.add_(zero_point), part)
         return out
 
     def _clip(self, grad: Tensor, u: Tensor, out: Tensor) -> None:

@@ -95,7 +95,7 @@ class Sample:
         """Return the mean absolute value of each group."""
         if self.counts is None:
             total = self.values.abs().sum(self.dims, keepdim=True)
-            return total / max(1, self.values.numel() // max(1, total.numel()))
+            return total.div_(max(1, self.values.numel() // max(1, total.numel())))
         weight = self.counts.sum(self.dims, keepdim=True).clamp(min=1)
         return ((self.values.abs() * self.counts).sum(self.dims, keepdim=True) / weight).float()
 
