@@ -26,11 +26,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.models import SHAPES, Model, training_step
+from benchmarks.models import SHAPES, Model, soften, training_step
 from benchmarks.output import machine, save, show
 from benchmarks.quantizers import quantizers
 from benchmarks.variants import variants
-from lightning_qat.conversion.state import quantizers as quantizers_of
 
 
 def seconds(run: Callable[[], object], device: str) -> float:
@@ -80,13 +79,6 @@ def rows_of(pairs: Pairs) -> list[dict[str, Any]]:
             }
         )  # fmt: skip
     return rows
-
-
-def soften(model: nn.Module, softness: float) -> None:
-    """Let the rounding of weights be as soft as it is on the way of GradualQuantization."""
-    for quantizer in quantizers_of(model).values():
-        if not quantizer.layout.is_input:
-            quantizer.softness = torch.tensor(softness, device=quantizer.lo.device)
 
 
 def step_times(arguments: argparse.Namespace) -> list[dict[str, Any]]:

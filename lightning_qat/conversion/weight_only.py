@@ -77,16 +77,15 @@ def weight_only(module: nn.Module, x: Tensor) -> Tensor | None:
         grouped = quantizer.grouped(weight)
         setting = brief_setting(quantizer, grouped)
         return None if setting is None else weight_only_linear(x, grouped, bias, setting, dtype, None)
-    soft = () if quantizer.softness is None else (float(quantizer.softness),)  # another one, and all is computed anew
+    kind: tuple[Any, ...] = False, dtype, quantizer.present_softness
     if quantizer.learned or not quantizer.spec.gradient.only_clips:
-        kind: tuple[Any, ...] = False, dtype, *soft
         found = kept_in_window(quantizer, weight, kind) or _quantized(quantizer, weight, kind)
         if found is None:
             return None
         return weight_only_linear(x, quantizer.grouped(weight), bias, found.setting, dtype, found.values)
     if not x.is_contiguous():  # there, a product in the graph is off by roundings from one that is not
         return None
-    kind = _IN_GRAPH, dtype, weight.requires_grad, *soft
+    kind = _IN_GRAPH, weight.requires_grad, *kind
     found = quantizer.window.get(quantizer, weight, kind) or _quantized(quantizer, weight, kind)
     return None if found is None else F.linear(x, found.values, bias)
 

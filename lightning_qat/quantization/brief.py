@@ -8,7 +8,6 @@ from torch import Tensor
 
 from lightning_qat.functional.bounded import eager_absmax_scale, eager_finished_scale, eager_positive_scale
 from lightning_qat.functional.fake_quantize import Setting
-from lightning_qat.functional.gradients import number
 from lightning_qat.functional.scaling import Sample
 from lightning_qat.quantization.grid import Grid
 from lightning_qat.quantization.quantizer import FakeQuantizer
@@ -81,8 +80,7 @@ def brief_setting(quantizer: FakeQuantizer, weight: Tensor) -> Setting | None:
         mean = Sample(weight.detach(), brief.dims).mean()
         scale = quantizer.grid.absmean_scale(mean, quantizer.hi).mul_(brief.multiple)
         step, no_nan = eager_finished_scale(scale, brief.largest)
-    softness = quantizer.softness
     return Setting(
         step, None, None, quantizer.lo, quantizer.hi, quantizer.family, quantizer.spec.gradient, parameter is not None,
-        no_nan, brief.ends, parameter, None if softness is None or not quantizer.training else number(softness),
+        no_nan, brief.ends, parameter, quantizer.present_softness,
     )  # fmt: skip

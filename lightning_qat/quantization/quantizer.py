@@ -124,9 +124,9 @@ class FakeQuantizer(nn.Module):
         return self.stored and (self.stale or not self.calibrated)
 
     @property
-    def softened(self) -> bool:
-        """Whether the forward returns values between levels now."""
-        return self.softness is not None and self.training
+    def present_softness(self) -> Tensor | float | None:
+        """How soft the rounding is in the next forward; None where it is hard."""
+        return None if self.softness is None or not self.training else number(self.softness)
 
     def grouped(self, x: Tensor) -> Tensor:
         """Return x so shaped that scales broadcast to it."""
@@ -191,7 +191,7 @@ class FakeQuantizer(nn.Module):
         no_nan = not self.stored and tells_no_nan(step, x, self.family.step_factor * scale_floor(self._scale_dtype))
         tensors = step, zero_point, temperature, self.lo, self.hi
         ends = None if torch.compiler.is_compiling() else self.grid.bounds  # else it would compile anew for other bits
-        rest = no_nan, ends, parameter, None if self.softness is None or not self.training else number(self.softness)
+        rest = no_nan, ends, parameter, self.present_softness
         return grouped, Setting(*tensors, self.family, self.spec.gradient, self.learned, *rest)
 
     def _connected(self, x: Tensor) -> Tensor:
