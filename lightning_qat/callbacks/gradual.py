@@ -34,8 +34,8 @@ class GradualQuantization(pl.Callback):
     follow, it pays at 1.58 bits and below, over a shorter time. The figures are in ``benchmarks/README.md``.
 
     The step is the trainer's, so a resumed run goes on bit-identically. While values lie between levels, products are
-    those of floats; where the model is compiled (it is once more when rounding is complete) or on a GPU, the forward of
-    linear layers is not fused then.
+    those of floats; where inputs are quantized, too, where the model is compiled (it is once more when rounding is
+    complete), or on a GPU, the forward of linear layers is not fused then.
 
     Args:
         fraction: share of the run's optimizer steps, in (0, 1]. None: 0.6 for two levels; for others 0.3 where scales

@@ -56,7 +56,6 @@ def forward(self: nn.Module, input: Tensor) -> Tensor:
     if _wants_operations() or dtype is None or not _ready(self, quantizers, own_input):
         return _unfused(self, input, own_input)
     integer = own_input and runs_on_integers(self, input.device.type, dtype)
-    integer = integer and quantizers[0].present_softness is None  # else the weight is no integers
     if not integer and (not torch.is_grad_enabled() or _watched(quantizers)):
         return _unfused(self, input, own_input)
     return _fused(self, input, dtype, own_input=own_input, integer=integer)
@@ -132,15 +131,17 @@ def _quantizers(module: nn.Module) -> list[FakeQuantizer]:
 def _ready(module: nn.Module, quantizers: list[FakeQuantizer], own_input: bool) -> bool:
     """Whether the quantizers do nothing else than quantize, and the weight is all there.
 
-    Soft values are no codes, and a softness in a tensor, of compiled code and on GPUs, does not go with the constants.
+    While a weight is soft, products are those of floats, where codes of the input cost more time than they save; and a
+    softness in a tensor, of compiled code and on GPUs, does not go with the constants of the fused function.
     """
     parameter = module._parameters.get("weight")
     if parameter is not None and is_sharded(parameter):
         return False
     for quantizer in quantizers:  # a loop: what all() takes would be one more function
         only_quantizes = quantizer.enabled and quantizer.observer is None and not quantizer.stale
-        constant = not isinstance(quantizer.present_softness, Tensor)
-        if not (only_quantizes and constant) and (own_input or not quantizer.layout.is_input):
+        softness = quantizer.present_softness
+        fusable = softness is None or (isinstance(softness, float) and not own_input)
+        if not (only_quantizes and fusable) and (own_input or not quantizer.layout.is_input):
             return False
     return True
 
