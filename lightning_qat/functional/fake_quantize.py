@@ -11,7 +11,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from lightning_qat.functional.application import applied
 from lightning_qat.functional.bounded import attached_scale
-from lightning_qat.functional.gradients import within
+from lightning_qat.functional.gradients import number, within
 from lightning_qat.functional.kernels import run, wanted
 from lightning_qat.functional.learned_scale import lsq_divisor, lsq_summands
 from lightning_qat.functional.levels import cast, dequantize_, levels_, narrow, units, widened
@@ -99,9 +99,9 @@ class Setting:
     def _valued_(self, u: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
         """Replace values in units of a scale by what their levels stand for."""
         if self.softness is not None:
-            lo, hi = self.ends or (self.lo, self.hi)
+            lo, hi = self.ends or (number(self.lo), number(self.hi))
             if zero_point is not None:  # to take it off the bounds spares two roundings of what lies between integers
-                lo, hi = lo - zero_point, hi - zero_point
+                lo, hi = self.lo - zero_point, self.hi - zero_point
             return soft_levels_(u, self.softness, lo=lo, hi=hi, rounding=self.rounding).mul_(scale)
         if self.ends is not None and zero_point is None:  # in few calls
             return self.rounding.round_(u).clamp_(*self.ends).mul_(scale)

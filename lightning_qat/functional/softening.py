@@ -25,10 +25,10 @@ def soft_levels_(
     levels it is those.
 
     Args:
-        u: latent values in units of the scale, any shape, without NaN or with.
+        u: latent values in units of the scale, without NaN, any shape.
         softness: 0-dim or a number, in (0, 1].
-        lo: smallest level, less the zero point where there is one; broadcastable to u.
-        hi: largest level, likewise.
+        lo: smallest level, less the zero point where there is one; a number, or broadcastable to u.
+        hi: largest level, likewise; a tensor where lo is one.
         rounding: of a grid whose borders lie in the middle between its levels.
 
     Source: the proximal map of PARQ, arXiv:2503.15748 section 3 (there with recomputed levels, and applied to the
@@ -39,7 +39,7 @@ def soft_levels_(
     >>> [soft_levels_(u.clone(), s, lo=-2.0, hi=1.0, rounding=Int(2)).tolist() for s in (1.0, 0.5)]
     [[0.125, 0.375, 0.75, 1.0], [0.0, 0.25, 1.0, 1.0]]
     """
-    u = u.clamp_(number(lo), number(hi))  # type: ignore[arg-type]  # clamp takes tensors or numbers, not one of each
+    u = u.clamp_(lo, hi)  # type: ignore[arg-type]  # tensors or numbers, not one of each
     q = rounding.round_(u.clone())
     past, softness, half = u.sub_(q), number(softness), rounding.half_cell  # past its level, up to half a cell
     # |b + (u - b) / rho - q|, which the level bounds from below, with the sign of u - q

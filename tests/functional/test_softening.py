@@ -104,6 +104,10 @@ def test_zero_point() -> None:
     expected = [(reference(float(u) + 1, [-2.0, -1.0, 0.0, 1.0], 0.5) - 1) * float(SCALE) for u in X / SCALE]
     found = soft(grid, 0.5, zero_point=zero_point)
     assert torch.allclose(found, torch.tensor(expected, dtype=torch.float64))
+    shifted = torch.tensor([[0.0], [1.0]], dtype=torch.float64)  # one for each channel
+    both = soft(grid, 0.5, X.repeat(2, 1), shifted, SCALE.repeat(2, 1))
+    assert torch.equal(both[1], found)
+    assert torch.equal(both[0], soft(grid, 0.5))
 
 
 def test_dtype_and_values_that_are_not_finite() -> None:
