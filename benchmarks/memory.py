@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.models import SHAPES, Model
+from benchmarks.models import SHAPES, Model, soften
 from benchmarks.output import machine, save, show
 from benchmarks.variants import variants
 
@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16-mixed"), default="fp32")
     parser.add_argument("--mode", choices=("eager", "compiled"), default="eager")
     parser.add_argument("--only", nargs="*", help="names of variants, beside float")
+    parser.add_argument("--softness", type=float, help="of the rounding of weights, in (0, 1]")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.png")
     arguments = parser.parse_args()
@@ -59,6 +60,8 @@ def main() -> None:
         torch.manual_seed(0)
         torch.compiler.reset()  # all variants share the code of the model, which is compiled anew for each
         model = build(Model(SHAPES[arguments.model]).to(arguments.device))
+        if arguments.softness is not None:
+            soften(model, arguments.softness)
         batch = model.example(arguments.device)
         forward = torch.compile(model, fullgraph=True) if arguments.mode == "compiled" else model
         size = bytes_kept(model, forward, batch, arguments.precision)
@@ -66,7 +69,7 @@ def main() -> None:
     print(", ".join(f"{key}: {value}" for key, value in machine().items()))
     show(rows)
     if arguments.output:
-        settings = {key: getattr(arguments, key) for key in ("model", "precision", "mode")}
+        settings = {key: getattr(arguments, key) for key in ("model", "precision", "mode", "softness")}
         save(arguments.output, settings, rows, "ratio")
 
 

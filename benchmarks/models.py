@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_qat import accumulation_window
+from lightning_qat.conversion.state import quantizers
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,13 @@ class Model(nn.Module):
         if self.shape.vocabulary:
             return torch.randint(self.shape.vocabulary, size, device=device)
         return torch.randn(*size, self.shape.hidden, device=device)
+
+
+def soften(model: nn.Module, softness: float) -> None:
+    """Let the rounding of weights be as soft as it is on the way of GradualQuantization."""
+    for quantizer in quantizers(model).values():
+        if not quantizer.layout.is_input:
+            quantizer.softness = torch.tensor(softness, device=quantizer.lo.device)
 
 
 def training_step(

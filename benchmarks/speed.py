@@ -2,6 +2,7 @@
 
     python -m benchmarks.speed --model S --precision fp32 --mode eager
     python -m benchmarks.speed --model S --one-token
+    python -m benchmarks.speed --only ternary seq2 binary --softness 0.3
     python -m benchmarks.speed --elements 2048
 
 All variants take turns in one process, the base before each of them; a row is the median of the ratios of such
@@ -10,6 +11,8 @@ than one thread, that is not wall time.
 
 Where weights alone are quantized, the time that this adds does not depend on the number of tokens: with one token (a
 batch of one, a sequence of one) the products are small, and the difference of the fastest steps tells it from noise.
+
+A softness is that of weights while ``GradualQuantization`` lets their rounding set in.
 """
 
 import argparse
@@ -23,7 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.models import SHAPES, Model, training_step
+from benchmarks.models import SHAPES, Model, soften, training_step
 from benchmarks.output import machine, save, show
 from benchmarks.quantizers import quantizers
 from benchmarks.variants import variants
@@ -90,6 +93,8 @@ def step_times(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             continue
         torch.manual_seed(0)
         model = build(Model(shape).to(arguments.device))
+        if arguments.softness is not None:
+            soften(model, arguments.softness)
         forward = torch.compile(model, fullgraph=True) if arguments.mode == "compiled" else model
         runs[name] = training_step(model, batches, arguments.precision, forward)
     return rows_of(measure(runs, arguments.device, budget=arguments.seconds, least=arguments.repetitions))
@@ -119,6 +124,7 @@ def main() -> None:
     parser.add_argument("--mode", choices=("eager", "compiled"), default="eager")
     parser.add_argument("--micro-batches", type=int, default=1)
     parser.add_argument("--one-token", action="store_true", help="a batch and a sequence of one")
+    parser.add_argument("--softness", type=float, help="of the rounding of weights, in (0, 1]")
     parser.add_argument("--elements", type=int, help="measure fake quantization of a square matrix instead")
     parser.add_argument("--only", nargs="*", help="names of variants, beside float")
     parser.add_argument("--seconds", type=float, default=120.0, help="measure for so long, compilation not counted")
@@ -132,7 +138,7 @@ def main() -> None:
     print(", ".join(f"{key}: {value}" for key, value in machine().items()))
     show(rows)
     if arguments.output:
-        keys = ("model", "precision", "mode", "micro_batches", "one_token", "elements")
+        keys = ("model", "precision", "mode", "micro_batches", "one_token", "softness", "elements")
         settings = {key: getattr(arguments, key) for key in keys}
         save(arguments.output, settings, rows, "ratio")
 

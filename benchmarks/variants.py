@@ -130,6 +130,8 @@ def variants() -> dict[str, Build]:
         ),
         "int4 learned": _ours(recipes.int4()),
         "ternary": _ours(recipes.ternary()),
+        "seq2": _ours(recipes.seq2()),
+        "binary": _ours(recipes.binary()),
         "w8a8": _ours(recipes.w8a8()),
         "w8a8 simulated": _ours(recipes.w8a8(), "simulated"),
         "w4a8 absmax": _ours(_absmax(4, inputs=True)),

@@ -19,7 +19,7 @@ from lightning_qat.callbacks.run_length import num_steps
 from lightning_qat.callbacks.step_hooks import hook_steps, remove
 from lightning_qat.conversion.sharding import is_sharded
 from lightning_qat.conversion.view import adapter, latent, transformed
-from lightning_qat.functional.fake_quantize import dequantize, quantize
+from lightning_qat.functional.levels import dequantize, quantize
 from lightning_qat.functional.scaling import Sample
 from lightning_qat.metrics.oscillation import OscillationState, start_oscillation, track_oscillation
 from lightning_qat.quantization._checks import check_number

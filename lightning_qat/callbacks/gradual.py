@@ -34,8 +34,8 @@ class GradualQuantization(pl.Callback):
     follow, it pays at 1.58 bits and below, over a shorter time. The figures are in ``benchmarks/README.md``.
 
     The step is the trainer's, so a resumed run goes on bit-identically. While values lie between levels, products are
-    those of floats and the fused forward of linear layers is not in use; a compiled model is compiled once more when
-    rounding is complete.
+    those of floats; where inputs are quantized, too, where the model is compiled (it is once more when rounding is
+    complete), or on a GPU, the forward of linear layers is not fused then.
 
     Args:
         fraction: share of the run's optimizer steps, in (0, 1]. None: 0.6 for two levels; for others 0.3 where scales
@@ -50,7 +50,7 @@ class GradualQuantization(pl.Callback):
             no quantized weight, a run without end, grids whose borders are not in the middle between levels.
 
     Source: the annealing of PARQ, arXiv:2503.15748; deviations: see
-    :func:`lightning_qat.functional.softening.soft_values`.
+    :func:`lightning_qat.functional.softening.soft_levels_`.
 
     Example::
 

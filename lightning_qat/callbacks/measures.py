@@ -12,7 +12,7 @@ from torchmetrics import MeanMetric, MetricCollection
 from lightning_qat.conversion.regrid import layer_of
 from lightning_qat.conversion.state import quantizers, stored, stored_shape
 from lightning_qat.conversion.view import QUANTIZER_SUFFIX, transformed
-from lightning_qat.functional.fake_quantize import dequantize, quantize
+from lightning_qat.functional.levels import dequantize, quantize
 from lightning_qat.functional.scaling import Sample
 from lightning_qat.metrics import (
     SQNR,

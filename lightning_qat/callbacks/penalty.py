@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_qat.callbacks.measures import Slot
 from lightning_qat.conversion.sharding import is_sharded
 from lightning_qat.conversion.view import adapter, latent, transformed
-from lightning_qat.functional.fake_quantize import quantize
+from lightning_qat.functional.levels import quantize
 from lightning_qat.schedules import Ramp
 
 QUANTITIES: Final = ("latent", "quantized", "levels", "scale", "lo", "hi", "lower", "upper")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lightning_qat.conversion.fused import product_dtype
 from lightning_qat.conversion.inputs import on_inputs
 from lightning_qat.functional.bounded import positive_scale
-from lightning_qat.functional.fake_quantize import dequantize, narrow, quantize
+from lightning_qat.functional.levels import dequantize, narrow, quantize
 from lightning_qat.functional.scaling import Sample
 from lightning_qat.quantization.quantizer import FakeQuantizer
 from lightning_qat.quantization.scale import Bounds

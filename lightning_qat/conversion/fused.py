@@ -27,9 +27,10 @@ from lightning_qat.conversion.view import (
 )
 from lightning_qat.conversion.weight_only import weight_only
 from lightning_qat.conversion.window import setting_in_window
-from lightning_qat.functional.fake_quantize import Setting, cast
+from lightning_qat.functional.fake_quantize import Setting
 from lightning_qat.functional.fused_linear import fused_linear
 from lightning_qat.functional.integer import MAX_FEATURES, integers_are_exact, integers_pay
+from lightning_qat.functional.levels import cast
 from lightning_qat.functional.recomputed_linear import Origin, recomputed_linear
 from lightning_qat.quantization.granularity import PerChannel, PerGroup, PerTensor, PerToken
 from lightning_qat.quantization.grid import Grid
@@ -128,13 +129,19 @@ def _quantizers(module: nn.Module) -> list[FakeQuantizer]:
 
 
 def _ready(module: nn.Module, quantizers: list[FakeQuantizer], own_input: bool) -> bool:
-    """Whether the quantizers do nothing else than quantize, and the weight is all there."""
+    """Whether the quantizers do nothing else than quantize, and the weight is all there.
+
+    While a weight is soft, products are those of floats, where codes of the input cost more time than they save; and a
+    softness in a tensor, of compiled code and on GPUs, does not go with the constants of the fused function.
+    """
     parameter = module._parameters.get("weight")
     if parameter is not None and is_sharded(parameter):
         return False
     for quantizer in quantizers:  # a loop: what all() takes would be one more function
         only_quantizes = quantizer.enabled and quantizer.observer is None and not quantizer.stale
-        if (not only_quantizes or quantizer.softened) and (own_input or not quantizer.layout.is_input):
+        softness = quantizer.present_softness
+        fusable = softness is None or (isinstance(softness, float) and not own_input)
+        if not (only_quantizes and fusable) and (own_input or not quantizer.layout.is_input):
             return False
     return True
 

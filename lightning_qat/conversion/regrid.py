@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_qat.conversion.state import quantizers, refresh_scales
 from lightning_qat.conversion.view import TRANSFORMS
-from lightning_qat.functional.fake_quantize import dequantize, quantize
+from lightning_qat.functional.levels import dequantize, quantize
 from lightning_qat.functional.scaling import Sample
 from lightning_qat.quantization.grid import Grid, with_bits
 from lightning_qat.quantization.quantizer import FakeQuantizer

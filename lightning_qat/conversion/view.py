@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_qat.conversion.derived import derive
 from lightning_qat.conversion.sharding import find_scale_of, is_sharded, refuse_mixed_dtypes, refuse_shard, whole
-from lightning_qat.functional.fake_quantize import narrow
+from lightning_qat.functional.levels import narrow
 from lightning_qat.quantization.grid import Grid
 from lightning_qat.quantization.low_rank import LowRank
 from lightning_qat.quantization.quantizer import FakeQuantizer

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_qat.conversion.window import kept_in_window
+from lightning_qat.functional.application import differentiable_once
+from lightning_qat.functional.fake_quantize import Setting
 from lightning_qat.functional.weight_only_linear import product_weight, weight_only_linear
 from lightning_qat.quantization.brief import brief_setting
 from lightning_qat.quantization.quantizer import FakeQuantizer
@@ -32,6 +34,30 @@ class _StraightThrough(torch.autograd.Function):
         return grad, None
 
 
+class _Clipped(torch.autograd.Function):
+    """The same, where the gradient of the weight only is clipped.
+
+    What autograd saves it frees in the first backward, so the weight stays here, and with it the look at its version.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, values: Tensor, grouped: Tensor, setting: Setting) -> Tensor:
+        ctx.grouped, ctx.version, ctx.setting = grouped, grouped._version, setting
+        return values
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grouped = ctx.grouped
+        if grouped._version != ctx.version:
+            raise RuntimeError(
+                "a weight was changed in place between forward and backward of an accumulation window; call backward() "
+                "before the optimizer's step, or leave the forward out of accumulation_window()"
+            )
+        found = ctx.setting.gradients(grad.reshape(grouped.shape), grouped, (True, False, False))[0]
+        return found.reshape(grad.shape), None, None, None
+
+
 def weight_only(module: nn.Module, x: Tensor) -> Tensor | None:
     """Return what the fused forward returns, or None where that is to be asked. Not while compiling."""
     modules, parameters = module._modules, module._parameters
@@ -46,36 +72,43 @@ def weight_only(module: nn.Module, x: Tensor) -> Tensor | None:
         return None
     if torch._C._get_tracing_state() is not None:  # torch.jit.trace cannot write down what is fused
         return None
-    bias, in_window = parameters["bias"], quantizer.window is not None and quantizer.training
-    if in_window and not (quantizer.learned or quantizer.spec.gradient.needs_input):
-        if not x.is_contiguous():  # there, a product in the graph is off by roundings from one that is not
+    bias = parameters["bias"]
+    if quantizer.window is None or not quantizer.training:
+        grouped = quantizer.grouped(weight)
+        setting = brief_setting(quantizer, grouped)
+        return None if setting is None else weight_only_linear(x, grouped, bias, setting, dtype, None)
+    kind: tuple[Any, ...] = False, dtype, quantizer.present_softness
+    if quantizer.learned or not quantizer.spec.gradient.only_clips:
+        found = kept_in_window(quantizer, weight, kind) or _quantized(quantizer, weight, kind)
+        if found is None:
             return None
-        known = _straight_through_in_window(quantizer, weight)
-        return None if known is None else F.linear(x, known, bias)
-    grouped = quantizer.grouped(weight)
-    if in_window:
-        found = kept_in_window(quantizer, weight, (False, dtype))  # the fused forward keeps it
-        return None if found is None else weight_only_linear(x, grouped, bias, found.setting, dtype, found.values)
-    setting = brief_setting(quantizer, grouped)
-    return None if setting is None else weight_only_linear(x, grouped, bias, setting, dtype, None)
+        return weight_only_linear(x, quantizer.grouped(weight), bias, found.setting, dtype, found.values)
+    if not x.is_contiguous():  # there, a product in the graph is off by roundings from one that is not
+        return None
+    kind = _IN_GRAPH, weight.requires_grad, *kind
+    found = quantizer.window.get(quantizer, weight, kind) or _quantized(quantizer, weight, kind)
+    return None if found is None else F.linear(x, found.values, bias)
 
 
-def _straight_through_in_window(quantizer: FakeQuantizer, weight: nn.Parameter) -> Tensor | None:
-    """Return the quantized weight, in the graph: its gradient is that of the weight, and nothing is left to Python."""
-    window, kind = quantizer.window, (_IN_GRAPH, weight.dtype, weight.requires_grad)
-    found = None if window is None else window.get(quantizer, weight, kind)
-    if found is not None:
-        return found.values
-    grouped = quantizer.grouped(weight)
+def _quantized(quantizer: FakeQuantizer, weight: nn.Parameter, kind: tuple[Any, ...]) -> Quantized | None:
+    """Quantize a weight for a window; in the graph, all products are those of a float layer, without Python."""
+    grouped, in_graph = quantizer.grouped(weight), kind[0] is _IN_GRAPH
     setting = brief_setting(quantizer, grouped)
-    if setting is None or window is None:
+    if setting is None or quantizer.window is None:
         return None
     with torch.no_grad():
         values = product_weight(setting, grouped, weight.dtype)
-    apply: Any = _StraightThrough.apply
-    attached: Tensor = apply(weight, values)
-    window.keep(quantizer, Quantized(weight, kind, setting, attached, complete=False))
-    return attached
+    values = _attached(weight, values, grouped, setting) if in_graph else values
+    found = Quantized(weight, kind, setting, values, complete=not in_graph)
+    quantizer.window.keep(quantizer, found)
+    return found
+
+
+def _attached(weight: Tensor, values: Tensor, grouped: Tensor, setting: Setting) -> Tensor:
+    function: Any = _Clipped if setting.only_clips else _StraightThrough
+    kept = (grouped.detach(), setting) if setting.only_clips else ()
+    found: Tensor = function.apply(weight, values, *kept)
+    return found
 
 
 def _only_quantizes(quantizer: FakeQuantizer) -> bool:
@@ -83,7 +116,6 @@ def _only_quantizes(quantizer: FakeQuantizer) -> bool:
         quantizer.enabled
         and quantizer.observer is None
         and not quantizer.stale
-        and (quantizer.softness is None or not quantizer.training)
         and not quantizer._forward_hooks
         and not quantizer._forward_pre_hooks
     )

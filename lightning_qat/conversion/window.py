@@ -113,10 +113,11 @@ def setting_in_window(
         return *quantizer.detached_setting(value), None
     if not isinstance(latent, nn.Parameter) or torch._C._are_functorch_transforms_active():
         return *quantizer.setting(value), None  # weight_norm and pruning: computed anew in each forward
-    found = kept_in_window(quantizer, latent, (integer, dtype))
+    kind = integer, dtype, quantizer.present_softness
+    found = kept_in_window(quantizer, latent, kind)
     if found is not None:
         return quantizer.grouped(value), found.setting, found.values
-    found = window.get(quantizer, latent, (integer, dtype))
+    found = window.get(quantizer, latent, kind)
     known = None if found is None else (found.setting.scale, found.setting.zero_point)
     weight, setting = quantizer.detached_setting(value, known)
     if found is None:
@@ -124,6 +125,6 @@ def setting_in_window(
             values = quantized_weight(weight, setting, integer=integer, dtype=dtype)
         outside = fits(setting)  # of the graph
         kept = setting if outside else replace(setting, scale=setting.scale.detach(), temperature=None)
-        found = Quantized(latent, (integer, dtype), kept, values, outside)
+        found = Quantized(latent, kind, kept, values, outside)
         window.keep(quantizer, found)
     return weight, setting, found.values

@@ -98,9 +98,7 @@ def attached_scale(scale: Tensor, detached: Tensor) -> Tensor:
 
 
 def eager_absmax_scale(x: Tensor, dims: tuple[int, ...], divisor: float, largest: float) -> tuple[Tensor, bool]:
-    """Return the finished scale of the largest absolute values, and whether it tells that no value is NaN.
-
-    In few operations: where the smallest scale is above the floor, no scale is NaN, and only infinities are left.
+    """Return :func:`eager_finished_scale` of the largest absolute values.
 
     Args:
         x: values on a CPU, out of the graph.
@@ -109,6 +107,18 @@ def eager_absmax_scale(x: Tensor, dims: tuple[int, ...], divisor: float, largest
         largest: upper bound.
     """
     scale = torch.maximum(x.amin(dims, True).neg_(), x.amax(dims, True)).div_(divisor)
+    return eager_finished_scale(scale, largest)
+
+
+def eager_finished_scale(scale: Tensor, largest: float) -> tuple[Tensor, bool]:
+    """Return a finished scale, and whether it tells that none of the values that it was found from is NaN.
+
+    In few operations: where the smallest scale is above the floor, no scale is NaN, and only infinities are left.
+
+    Args:
+        scale: on a CPU, out of the graph; overwritten.
+        largest: upper bound.
+    """
     if type(scale) is Tensor and scale.amin().item() > 2 * SCALE_FLOOR:
         return scale.clamp_max_(largest), True
     return finish_scale(scale, largest=largest), False

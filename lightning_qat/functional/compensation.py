@@ -6,7 +6,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from lightning_qat.functional.fake_quantize import quantize
+from lightning_qat.functional.levels import quantize
 from lightning_qat.functional.points import Rounding
 
 _BLOCK: Final = 128  # columns whose errors reach the columns behind them in one product

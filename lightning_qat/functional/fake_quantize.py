@@ -11,88 +11,17 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from lightning_qat.functional.application import applied
 from lightning_qat.functional.bounded import attached_scale
-from lightning_qat.functional.gradients import number
+from lightning_qat.functional.gradients import number, within
 from lightning_qat.functional.kernels import run, wanted
 from lightning_qat.functional.learned_scale import lsq_divisor, lsq_summands
+from lightning_qat.functional.levels import cast, dequantize_, levels_, narrow, units, widened
 from lightning_qat.functional.points import GradientRule, Point, Rounding
 from lightning_qat.functional.scratch import Scratch
+from lightning_qat.functional.softening import soft_levels_
 
 _LARGE: Final = 1 << 20  # elements from which on a compiled kernel for the forward earns the time of its call
 _PIECE: Final = 1 << 18  # elements that either handles at a time on CPU: their temporaries stay in the cache
 _WORTHWHILE: Final = 1 << 16  # elements from which on a compiled kernel for backward earns the time of its call
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
-
-
-def _units(x: Tensor, scale: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """Return x in units of the scale, NaN replaced by zero; infinities by the largest finite numbers, or not."""
-    u = torch.div(_wide(x), scale, out=out)
-    if torch.compiler.is_compiling():  # compiled for CPUs, nan_to_num() looks at one number at a time
-        return torch.where(u == u, u, 0.0)
-    return torch.nan_to_num_(u)
-
-
-def _levels_(
-    u: Tensor, zero_point: Tensor | None, *, lo: Tensor | float, hi: Tensor | float, rounding: Rounding
-) -> Tensor:
-    """Replace values in units of the scale by their levels."""
-    u = rounding.round_(u)
-    if zero_point is not None:
-        u = u.add_(zero_point)
-    # clamp takes tensors or numbers, not one of each; bounds are tensors where bit widths change during a run
-    return u.clamp_(number(lo), number(hi))  # type: ignore[arg-type]
-
-
-def quantize(
-    x: Tensor, scale: Tensor, zero_point: Tensor | None, *, lo: Tensor | float, hi: Tensor | float, rounding: Rounding
-) -> Tensor:
-    r"""Return the levels :math:`q = clamp(round(x / s - o) + o + z, lo, hi)`, as floating point numbers.
-
-    Args:
-        x: latent values in any floating dtype; the arithmetic is float32, or float64 for float64 input.
-        scale: positive step s, broadcastable to x.
-        zero_point: integer z as floating point, broadcastable to x, or None for a symmetric grid.
-        lo: smallest level, in units of the scale.
-        hi: largest level, in units of the scale.
-        rounding: the grid's rounding; it holds the offset o.
-
-    Non-finite values are defined: NaN maps to the level nearest to zero, infinities to the outermost levels.
-
-    Source: ONNX QuantizeLinear (order of operations), arXiv:1712.05877 eq. 1.
-    """
-    return _levels_(_units(x, scale), zero_point, lo=lo, hi=hi, rounding=rounding)
-
-
-def dequantize_(q: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-    """Replace levels by the values they stand for, as :func:`dequantize` does."""
-    return q.mul_(scale) if zero_point is None else q.sub_(zero_point).mul_(scale)
-
-
-def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-    r"""Return :math:`(q - z) s`.
-
-    >>> dequantize(torch.tensor([-2.0, 1.0]), torch.tensor(0.5), None)
-    tensor([-1.0000,  0.5000])
-    """
-    return q * scale if zero_point is None else (q - zero_point) * scale
-
-
-def narrow(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Convert to the dtype of the latent values, saturating where float16 would overflow.
-
-    >>> narrow(torch.tensor([1.0, -1e6]), torch.float16)
-    tensor([ 1.0000e+00, -6.5504e+04], dtype=torch.float16)
-    """
-    if dtype == torch.float16:
-        values = values.clamp(-65504.0, 65504.0)
-    return cast(values, dtype)
-
-
-def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return x in a dtype, without calling torch where it has it: after a large product each call is a cache miss."""
-    return x if x.dtype == dtype else x.to(dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,6 +44,9 @@ class Setting:
     parameter: Tensor | None = None
     """Where the gradient of a scale goes that was learned, but is out of the graph."""
 
+    softness: Tensor | float | None = None
+    """Where rounding has not set in wholly: how soft it is. The gradients are those of hard rounding."""
+
     def attached(self) -> "Setting":
         """Return the same with a learned scale in the graph."""
         if self.parameter is None:
@@ -125,6 +57,11 @@ class Setting:
     def needs_input(self) -> bool:
         """Whether the gradients depend on x."""
         return self.learned or self.rule.needs_input
+
+    @property
+    def only_clips(self) -> bool:
+        """Whether the gradient of x is that of the values within the bounds, zero outside: levels do not count."""
+        return self.rule.only_clips and self.needs_input
 
     @property
     def _fields(self) -> tuple[Any, ...]:
@@ -138,28 +75,38 @@ class Setting:
     def levels(self, x: Tensor) -> Tensor:
         """Return :func:`quantize` of x."""
         u = self._units(x, self.scale)
-        return _levels_(u, self.zero_point, lo=self.lo, hi=self.hi, rounding=self.rounding)
+        return levels_(u, self.zero_point, lo=self.lo, hi=self.hi, rounding=self.rounding)
 
     def _units(self, x: Tensor, scale: Tensor, *, out: Tensor | None = None) -> Tensor:
-        return torch.div(_wide(x), scale, out=out) if self.no_nan else _units(x, scale, out=out)
+        return torch.div(widened(x), scale, out=out) if self.no_nan else units(x, scale, out=out)
 
     def fake_quantized(self, x: Tensor) -> Tensor:
         """Return what the nearest levels of x stand for, in the dtype of x."""
         if self.ends is not None and self.zero_point is None and x.dtype == self.scale.dtype and x.numel() <= _PIECE:
             # What follows below, in fewer calls: after a product of matrices, each takes microseconds.
             u = torch.div(x, self.scale)
-            u = self.rounding.round_(u if self.no_nan else torch.nan_to_num_(u))
-            return u.clamp_(*self.ends).mul_(self.scale)
-        if wanted(x, _LARGE):
+            return self._valued_(u if self.no_nan else torch.nan_to_num_(u), self.scale, None)
+        if wanted(x, _LARGE) and self.softness is None:
             return run(_values, self._key(x), x, *self._fields)
         whole = x.numel() <= _PIECE or x.device.type != "cpu" or torch.compiler.is_compiling()
         if whole or x.dtype != self.scale.dtype:
-            return self.values(self.levels(x), x.dtype)
-        out, lo, hi = torch.empty_like(x), number(self.lo), number(self.hi)
+            return narrow(self._valued_(self._units(x, self.scale), self.scale, self.zero_point), x.dtype)
+        out = torch.empty_like(x)
         for rows, scale, zero_point in self._pieces(x):
-            u = self._units(x[rows], scale, out=out[rows])
-            dequantize_(_levels_(u, zero_point, lo=lo, hi=hi, rounding=self.rounding), scale, zero_point)
+            self._valued_(self._units(x[rows], scale, out=out[rows]), scale, zero_point)
         return out
+
+    def _valued_(self, u: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+        """Replace values in units of a scale by what their levels stand for."""
+        if self.softness is not None:
+            lo, hi = self.ends or (number(self.lo), number(self.hi))
+            if zero_point is not None:  # to take it off the bounds spares two roundings of what lies between integers
+                lo, hi = self.lo - zero_point, self.hi - zero_point
+            return soft_levels_(u, self.softness, lo=lo, hi=hi, rounding=self.rounding).mul_(scale)
+        if self.ends is not None and zero_point is None:  # in few calls
+            return self.rounding.round_(u).clamp_(*self.ends).mul_(scale)
+        levels = levels_(u, zero_point, lo=self.lo, hi=self.hi, rounding=self.rounding)
+        return dequantize_(levels, scale, zero_point)
 
     def values(self, levels: Tensor, dtype: torch.dtype) -> Tensor:
         """Return what levels stand for, in the dtype of the latent values; the levels are overwritten."""
@@ -200,13 +147,15 @@ class Setting:
         """
         if wanted(x, _WORTHWHILE):
             return run(_gradients, (needs, *self._key(x)), grad, x, needs, *self._fields)
+        if self.only_clips and not (needs[1] and self.learned):
+            return self._clipped(grad, x) if needs[0] else None, None, None
         out = torch.empty_like(x) if needs[0] else None
         sums: Tensor | None = None
         total = torch.zeros_like(self.temperature) if needs[2] and self.temperature is not None else None
         scratch = Scratch()
         for part, rows in self.parts(x):
             scratch.begin(shared=rows is not ...)
-            wide, point = _wide(_taken(grad, rows)), part._point(_taken(x, rows), scratch)
+            wide, point = widened(_taken(grad, rows)), part._point(_taken(x, rows), scratch)
             if out is not None:
                 self._input_gradient(wide, point, _taken(out, rows))
             if total is not None:
@@ -222,9 +171,46 @@ class Setting:
                     sums = found
         return out, self._divided(sums, x, self.scale.numel()), self._divided(total, x, 1)
 
+    def clip_(self, grad: Tensor, x: Tensor) -> Tensor:
+        """Overwrite the gradient of the values of x by that of x, where :attr:`only_clips`; return those values.
+
+        Both begin with x in units of the scale, and memory of the values holds that first.
+        """
+        plain = self.zero_point is None and grad.dtype == x.dtype == self.scale.dtype
+        if self.ends is None or not plain or wanted(x, _WORTHWHILE):
+            clipped, values = self.gradients(grad, x, (True, False, False))[0], self.fake_quantized(x)
+            assert clipped is not None  # noqa: S101 - it is wanted
+            grad.copy_(clipped)
+            return values
+        if x.numel() <= _PIECE:
+            u = self._units(x, self.scale)
+            within(grad, u, *self.ends, out=grad)
+            return self._valued_(u, self.scale, None)
+        values = torch.empty_like(x)
+        for rows, scale, _ in self._pieces(x):
+            u, part = self._units(x[rows], scale, out=values[rows]), grad[rows]
+            within(part, u, *self.ends, out=part)
+            self._valued_(u, scale, None)
+        return values
+
+    def _clipped(self, grad: Tensor, x: Tensor) -> Tensor:
+        out, room = torch.empty_like(x), grad.dtype == x.dtype == self.scale.dtype and not torch.compiler.is_compiling()
+        for rows, scale, zero_point in self._pieces(x):
+            part = _taken(out, rows)  # holds x in units of the scale first, where it has room
+            u = self._units(_taken(x, rows), scale, out=part if room else None)
+            self._clip(widened(_taken(grad, rows)), u if zero_point is None else u.add_(zero_point), part)
+        return out
+
+    def _clip(self, grad: Tensor, u: Tensor, out: Tensor) -> None:
+        lo, hi = self.ends or (self.lo, self.hi)
+        if grad.dtype == u.dtype == out.dtype:
+            within(grad, u, lo, hi, out=out)
+        else:
+            out.copy_(within(grad, u, lo, hi))
+
     def _input_gradient(self, grad: Tensor, point: Point, out: Tensor) -> None:
-        if self.learned and self.rule.only_clips and grad.dtype == point.u.dtype == out.dtype:
-            point.clip(grad, out=out)
+        if self.only_clips:
+            self._clip(grad, point.u, out)
             return
         inner = self.rule.input_gradient(grad, point)
         out.copy_(point.clip(inner) if self.learned else inner)
@@ -235,12 +221,12 @@ class Setting:
         return None if total is None else total / lsq_divisor(x.numel(), num_scales, hi)
 
     def _point(self, x: Tensor, scratch: Scratch) -> Point:
-        wide = _wide(x)
-        u = _units(wide, self.scale, out=scratch.take(wide, self.scale))
+        wide = widened(x)
+        u = units(wide, self.scale, out=scratch.take(wide, self.scale))
         copied = scratch.take(u, u)
         q = u.clone() if copied is None else copied.copy_(u)
         lo, hi = self.ends or (self.lo, self.hi)
-        q = _levels_(q, self.zero_point, lo=lo, hi=hi, rounding=self.rounding)
+        q = levels_(q, self.zero_point, lo=lo, hi=hi, rounding=self.rounding)
         u = u if self.zero_point is None else u.add_(self.zero_point)
         return Point(wide, u, q, self.scale, lo, hi, self.rounding, self.temperature)
 
@@ -279,14 +265,16 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(
         x: Tensor, scale: Tensor, zero_point: Tensor | None, temperature: Tensor | None, lo: Tensor, hi: Tensor,
-        rounding: Rounding, rule: GradientRule, learned: bool, no_nan: bool,
+        rounding: Rounding, rule: GradientRule, learned: bool, no_nan: bool, softness: Tensor | float | None,
     ) -> Tensor:  # fmt: skip
-        setting = Setting(scale, zero_point, temperature, lo, hi, rounding, rule, learned, no_nan)
+        setting = Setting(
+            scale, zero_point, temperature, lo, hi, rounding, rule, learned, no_nan, softness=softness
+        )  # fmt: skip
         return setting.hoisted().fake_quantized(x)
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, scale, zero_point, temperature, lo, hi, rounding, rule, learned, _ = inputs
+        x, scale, zero_point, temperature, lo, hi, rounding, rule, learned, _, _ = inputs
         ctx.rounding, ctx.rule, ctx.learned = rounding, rule, learned  # type: ignore[attr-defined]
         if learned or rule.needs_input:
             ctx.save_for_backward(x, scale, zero_point, temperature, lo, hi)
@@ -298,17 +286,18 @@ class _FakeQuantize(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # once: activation checkpointing refuses to unpack a tensor again
         if not saved:
-            return (grad, *(None,) * 9)
+            return (grad, *(None,) * 10)
         x, scale, zero_point, temperature, lo, hi = saved
         needs = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]
         setting = Setting(scale, zero_point, temperature, lo, hi, ctx.rounding, ctx.rule, ctx.learned)
         grad_x, grad_scale, grad_temperature = setting.not_before(grad).gradients(grad, x, needs)
-        return (grad_x, grad_scale, None, grad_temperature, *(None,) * 6)
+        return (grad_x, grad_scale, None, grad_temperature, *(None,) * 7)
 
 
 def fake_quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor | None = None, *, lo: Tensor, hi: Tensor, rounding: Rounding,
     rule: GradientRule, learned: bool = False, temperature: Tensor | None = None, no_nan: bool = False,
+    softness: Tensor | float | None = None,
 ) -> Tensor:  # fmt: skip
     r"""Fake-quantize: :math:`\hat x = (q - z) s` with q as in :func:`quantize`, in the dtype of x.
 
@@ -323,6 +312,8 @@ def fake_quantize(
         learned: whether scale takes the LSQ gradient; the clip mask then applies to the gradient of x, too.
         temperature: parameter of a rule that learns one, shape [1].
         no_nan: whether x is known to hold no NaN, so that none is looked for.
+        softness: how soft the rounding is, as in :func:`~lightning_qat.functional.softening.soft_levels_`, or None.
     """
-    y: Tensor = applied(_FakeQuantize, x, scale, zero_point, temperature, lo, hi, rounding, rule, learned, no_nan)
+    tensors = x, scale, zero_point, temperature, lo, hi
+    y: Tensor = applied(_FakeQuantize, *tensors, rounding, rule, learned, no_nan, softness)
     return y

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_qat.functional.application import applied, transformed_or_compiled
-from lightning_qat.functional.fake_quantize import Setting, cast
+from lightning_qat.functional.fake_quantize import Setting
 from lightning_qat.functional.integer import scaled_product
+from lightning_qat.functional.levels import cast
 from lightning_qat.functional.points import GradientRule, Rounding
 from lightning_qat.functional.weight_only_linear import fits, product_weight, weight_gradient, weight_only_linear
 
@@ -23,11 +24,13 @@ class Pieces:
     rule: GradientRule
     learned: bool
     no_nan: bool
+    softness: float | None
 
     @classmethod
     def of(cls, setting: Setting) -> "Pieces":
         """Take them from a setting."""
-        return cls(setting.rounding, setting.rule, setting.learned, setting.no_nan)
+        assert not isinstance(setting.softness, Tensor), "compiled, or on a GPU, soft weights are not fused"  # noqa: S101
+        return cls(setting.rounding, setting.rule, setting.learned, setting.no_nan, setting.softness)
 
     @property
     def needs_input(self) -> bool:
@@ -65,7 +68,10 @@ _Tensors = tuple[Tensor | None, ...]  # scale, zero point, temperature, lo, hi
 def _setting(tensors: _Tensors, pieces: Pieces) -> Setting:
     scale, zero_point, temperature, lo, hi = tensors
     assert scale is not None and lo is not None and hi is not None  # noqa: S101, PT018 - fused_linear() passes them
-    return Setting(scale, zero_point, temperature, lo, hi, pieces.rounding, pieces.rule, pieces.learned, pieces.no_nan)
+    return Setting(
+        scale, zero_point, temperature, lo, hi, pieces.rounding, pieces.rule, pieces.learned, pieces.no_nan,
+        softness=pieces.softness,
+    )  # fmt: skip
 
 
 def _tokens(x: Tensor, plan: Plan) -> Tensor:

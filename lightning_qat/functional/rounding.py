@@ -43,8 +43,6 @@ def round_ternary(u: Tensor, threshold: float = 0.5) -> Tensor:
 
 def round_ternary_(u: Tensor, threshold: float = 0.5) -> Tensor:
     """Round in place as :func:`round_ternary` does."""
-    if threshold == 0.5:  # the same map without masks, which are slow on CPU
-        return u.round_().clamp_(-1.0, 1.0)
     return u.copy_(torch.gt(u, threshold).to(u.dtype) - torch.lt(u, -threshold).to(u.dtype))
 
 

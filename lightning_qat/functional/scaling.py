@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_qat.functional.bounded import finish_scale
-from lightning_qat.functional.fake_quantize import dequantize, quantize
 from lightning_qat.functional.gradients import number
+from lightning_qat.functional.levels import dequantize, quantize
 from lightning_qat.functional.points import Rounding
 
 _CHUNK = 1 << 18  # elements searched at a time by each thread: the temporaries then stay in the cache
@@ -95,7 +95,7 @@ class Sample:
         """Return the mean absolute value of each group."""
         if self.counts is None:
             total = self.values.abs().sum(self.dims, keepdim=True)
-            return total / max(1, self.values.numel() // max(1, total.numel()))
+            return total.div_(max(1, self.values.numel() // max(1, total.numel())))
         weight = self.counts.sum(self.dims, keepdim=True).clamp(min=1)
         return ((self.values.abs() * self.counts).sum(self.dims, keepdim=True) / weight).float()
 

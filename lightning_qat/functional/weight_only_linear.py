@@ -8,7 +8,8 @@ from torch import Tensor
 
 from lightning_qat.functional.application import differentiable_once
 from lightning_qat.functional.bounded import magnitude_gradient
-from lightning_qat.functional.fake_quantize import Setting, cast
+from lightning_qat.functional.fake_quantize import Setting
+from lightning_qat.functional.levels import cast
 
 
 class _WeightOnlyLinear(torch.autograd.Function):
@@ -34,9 +35,13 @@ class _WeightOnlyLinear(torch.autograd.Function):
         setting, (x, weight, known, parameter, _) = ctx.setting, ctx.saved_tensors
         needs, rows = ctx.needs_input_grad, grad if grad.dim() == 2 else grad.reshape(-1, grad.shape[-1])
         grad_x = grad_weight = grad_bias = grad_scale = None
+        shared = needs[0] and needs[1] and not needs[3] and known is None and setting.only_clips  # weight / scale
+        if shared:
+            grad_weight = weight_gradient(rows, x, weight)
+            known = _for_product(setting.clip_(grad_weight, weight), grad.dtype)
         if needs[0]:
             grad_x = cast(grad @ (product_weight(setting, weight, grad.dtype) if known is None else known), ctx.x_dtype)
-        if needs[1] or needs[3]:
+        if (needs[1] or needs[3]) and not shared:
             grad_weight = weight_gradient(rows, x, weight)
             if setting.needs_input:
                 grad_weight, grad_scale, _ = setting.gradients(grad_weight, weight, (needs[1], needs[3], False))
@@ -72,7 +77,10 @@ def fits(setting: Setting) -> bool:
 
 def product_weight(setting: Setting, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the fake-quantized values of a weight as a float product takes them, [outputs, features] in a dtype."""
-    values = setting.fake_quantized(weight)
+    return _for_product(setting.fake_quantized(weight), dtype)
+
+
+def _for_product(values: Tensor, dtype: torch.dtype) -> Tensor:
     return cast(values if values.dim() == 2 else values.flatten(1), dtype)
 
 

@@ -1,4 +1,4 @@
-"""How a weight is fake-quantized in eager mode on a CPU, in few calls: dynamic and learned scales, most grids."""
+"""How a weight is fake-quantized in eager mode on a CPU, in few calls: recomputed and learned scales, most grids."""
 
 from dataclasses import dataclass
 from typing import Final, final
@@ -6,11 +6,12 @@ from typing import Final, final
 import torch
 from torch import Tensor
 
-from lightning_qat.functional.bounded import eager_absmax_scale, eager_positive_scale
+from lightning_qat.functional.bounded import eager_absmax_scale, eager_finished_scale, eager_positive_scale
 from lightning_qat.functional.fake_quantize import Setting
+from lightning_qat.functional.scaling import Sample
 from lightning_qat.quantization.grid import Grid
 from lightning_qat.quantization.quantizer import FakeQuantizer
-from lightning_qat.quantization.scale import AbsMax
+from lightning_qat.quantization.scale import AbsMax, AbsMean
 
 _BRIEF: Final = "_brief"
 
@@ -27,7 +28,8 @@ class _Brief:
         dims: dimensions over which one scale extends.
         ends: bounds of the grid.
         divisor: what takes the largest absolute value to the end of the grid.
-        largest: upper bound of dynamic scales.
+        multiple: of the mean absolute value; None where it is the largest one that counts.
+        largest: upper bound of recomputed scales.
     """
 
     grid: Grid
@@ -36,13 +38,14 @@ class _Brief:
     dims: tuple[int, ...]
     ends: tuple[float, float]
     divisor: float
+    multiple: float | None
     largest: float
 
 
 def _brief(quantizer: FakeQuantizer, weight: Tensor) -> _Brief:
     spec, grid = quantizer.spec, quantizer.grid
     serves = (
-        (isinstance(spec.scale, AbsMax) or spec.scale.learned)
+        (isinstance(spec.scale, AbsMax | AbsMean) or spec.scale.learned)
         and quantizer.temperature is None
         and grid.symmetric
         and grid.step_factor == 1.0
@@ -52,7 +55,8 @@ def _brief(quantizer: FakeQuantizer, weight: Tensor) -> _Brief:
     )
     dims = spec.granularity.dims(weight.dim(), quantizer.layout)
     largest = min(torch.finfo(weight.dtype).max / 256, torch.finfo(torch.float32).max)
-    return _Brief(grid, weight.dtype, serves, dims, grid.bounds, grid.offset - grid.lo, largest)
+    multiple = spec.scale.multiple if isinstance(spec.scale, AbsMean) else None
+    return _Brief(grid, weight.dtype, serves, dims, grid.bounds, grid.offset - grid.lo, multiple, largest)
 
 
 def brief_setting(quantizer: FakeQuantizer, weight: Tensor) -> Setting | None:
@@ -68,11 +72,15 @@ def brief_setting(quantizer: FakeQuantizer, weight: Tensor) -> Setting | None:
     if not brief.serves:
         return None
     parameter = quantizer._parameters.get("scale")
-    if parameter is None:
+    if parameter is not None:
+        step, no_nan = eager_positive_scale(parameter), False
+    elif brief.multiple is None:
         step, no_nan = eager_absmax_scale(weight.detach(), brief.dims, brief.divisor, brief.largest)
     else:
-        step, no_nan = eager_positive_scale(parameter), False
+        mean = Sample(weight.detach(), brief.dims).mean()
+        scale = quantizer.grid.absmean_scale(mean, quantizer.hi).mul_(brief.multiple)
+        step, no_nan = eager_finished_scale(scale, brief.largest)
     return Setting(
         step, None, None, quantizer.lo, quantizer.hi, quantizer.family, quantizer.spec.gradient, parameter is not None,
-        no_nan, brief.ends, parameter,
+        no_nan, brief.ends, parameter, quantizer.present_softness,
     )  # fmt: skip

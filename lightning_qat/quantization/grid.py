@@ -62,7 +62,7 @@ class Grid(ABC):
         return self.round_(u.clone())
 
     def round_(self, u: Tensor) -> Tensor:
-        """Round in place."""
+        """Round in place; levels beyond the bounds may come of it, or not: all who round clamp."""
         return round_uniform_(u, self.offset) if self.offset else u.round_()
 
     def border_distance(self, u: Tensor) -> Tensor:
@@ -212,7 +212,7 @@ class Ternary(Grid):
 
     @override
     def round_(self, u: Tensor) -> Tensor:
-        return round_ternary_(u, self.threshold)
+        return u.round_() if self.threshold == 0.5 else round_ternary_(u, self.threshold)
 
     @override
     def border_distance(self, u: Tensor) -> Tensor:

@@ -15,9 +15,10 @@ from lightning_qat.functional.bounded import (
     scale_floor,
     tells_no_nan,
 )
-from lightning_qat.functional.fake_quantize import Setting, fake_quantize, quantize
+from lightning_qat.functional.fake_quantize import Setting, fake_quantize
+from lightning_qat.functional.gradients import number
+from lightning_qat.functional.levels import quantize
 from lightning_qat.functional.scaling import Sample
-from lightning_qat.functional.softening import softened
 from lightning_qat.quantization._checks import check_kind
 from lightning_qat.quantization.gradient import TEMPERATURE_RANGE, LearnedSoft
 from lightning_qat.quantization.granularity import Layout
@@ -125,9 +126,9 @@ class FakeQuantizer(nn.Module):
         return self.stored and (self.stale or not self.calibrated)
 
     @property
-    def softened(self) -> bool:
-        """Whether the forward returns values between levels now."""
-        return self.softness is not None and self.training
+    def present_softness(self) -> Tensor | float | None:
+        """How soft the rounding is in the next forward; None where it is hard."""
+        return None if self.softness is None or not self.training else number(self.softness)
 
     def grouped(self, x: Tensor) -> Tensor:
         """Return x so shaped that scales broadcast to it."""
@@ -146,8 +147,7 @@ class FakeQuantizer(nn.Module):
             if sample.values.dtype not in (torch.float32, torch.float64):
                 sample = Sample(sample.values.float(), sample.dims)
             scale, zero_point = self.spec.scale.find(sample, Bounds(self.family, self.lo, self.hi, self._scale_dtype))
-        factor = self.family.step_factor
-        return (scale if factor == 1.0 else scale * factor), zero_point
+        return (scale if (factor := self.family.step_factor) == 1.0 else scale * factor), zero_point
 
     def _stored_zero_point(self) -> Tensor | None:
         # rounded: weight averaging of a constant is off by a few units in the last place
@@ -166,9 +166,8 @@ class FakeQuantizer(nn.Module):
         out = fake_quantize(
             grouped, setting.scale, setting.zero_point, lo=setting.lo, hi=setting.hi, rounding=setting.rounding,
             rule=setting.rule, learned=setting.learned, temperature=setting.temperature, no_nan=setting.no_nan,
+            softness=setting.softness,
         )  # fmt: skip
-        if self.softness is not None and self.softened:
-            out = out + (softened(grouped, setting, self.softness) - out).detach()
         return self.spec.granularity.ungroup(out, tuple(x.shape), self.layout)
 
     def setting(self, x: Tensor, known: tuple[Tensor, Tensor | None] | None = None) -> tuple[Tensor, Setting]:
@@ -193,7 +192,8 @@ class FakeQuantizer(nn.Module):
         no_nan = not self.stored and tells_no_nan(step, x, self.family.step_factor * scale_floor(self._scale_dtype))
         tensors = step, zero_point, temperature, self.lo, self.hi
         ends = None if torch.compiler.is_compiling() else self.grid.bounds  # else it would compile anew for other bits
-        return grouped, Setting(*tensors, self.family, self.spec.gradient, self.learned, no_nan, ends, parameter)
+        rest = no_nan, ends, parameter, self.present_softness
+        return grouped, Setting(*tensors, self.family, self.spec.gradient, self.learned, *rest)
 
     def _connected(self, x: Tensor) -> Tensor:
         """Keep parameters in the graph while disabled: DDP waits for the gradient of every parameter."""

@@ -6,7 +6,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from lightning_qat.functional.fake_quantize import dequantize, narrow
+from lightning_qat.functional.levels import dequantize, narrow
 from lightning_qat.quantization.granularity import Granularity, Layout
 from lightning_qat.quantization.grid import Grid
 

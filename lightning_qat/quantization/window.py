@@ -15,9 +15,9 @@ class Quantized:
 
     Args:
         latent: the parameter.
-        kind: what else the values depend on, such as their dtype.
+        kind: what else the values depend on, such as their dtype and how soft the rounding is.
         setting: how it was quantized, out of any graph.
-        values: codes or values, as the product takes them; a weight in the graph for straight-through.
+        values: codes or values, as the product takes them; in the graph where the gradient is clipped at most.
         complete: whether setting and values are all that another product needs: neither is in a graph.
     """
 

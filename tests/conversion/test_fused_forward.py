@@ -3,7 +3,7 @@
 import copy
 import io
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -28,6 +28,7 @@ from lightning_qat import (
     Recipe,
     Rule,
     StraightThrough,
+    accumulation_window,
     bake,
     calibrate,
     float_weights,
@@ -94,6 +95,28 @@ def test_same_numbers_as_the_view(weight: str, inputs: str, amp: bool) -> None:
         assert torch.equal(found[0], expected[0])
         for one, other in zip(found[1:], expected[1:], strict=True):
             assert one.dtype == other.dtype
+            torch.testing.assert_close(one, other, rtol=1e-2 if amp else 1e-5, atol=1e-2 if amp else 1e-6)
+
+
+@pytest.mark.parametrize("window", [False, True])
+@pytest.mark.parametrize("amp", [False, True])
+@pytest.mark.parametrize("inputs", INPUTS)
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_same_numbers_as_the_view_while_soft(
+    monkeypatch: pytest.MonkeyPatch, weight: str, inputs: str, amp: bool, window: bool
+) -> None:
+    module, x = layer(weight, inputs, "auto"), torch.randn(5, 12)
+    hard = step(module, x, amp=amp)
+    module.weight_quantizer.softness = torch.tensor(0.4)
+    with accumulation_window(module) if window else nullcontext():
+        found = [step(module, x, amp=amp) for _ in range(2)]
+    monkeypatch.setattr(fused, "weight_only", lambda module, x: None)
+    with unfused():
+        expected = step(module, x, amp=amp)
+    assert not torch.equal(expected[0], hard[0])
+    for each in found:
+        assert torch.equal(each[0], expected[0])
+        for one, other in zip(each[1:], expected[1:], strict=True):
             torch.testing.assert_close(one, other, rtol=1e-2 if amp else 1e-5, atol=1e-2 if amp else 1e-6)
 
 

@@ -185,6 +185,23 @@ def test_no_weight_waits_for_backward() -> None:
     loss.backward()
 
 
+def test_no_soft_weight_waits_either() -> None:
+    model, _ = adapted(nn.Sequential(nn.Linear(32, 16)), recipes.ternary())
+    layer, x, kept = model[0], torch.randn(3, 32), []
+    layer.weight_quantizer.softness = torch.tensor(0.3)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        found = model(x)
+    own = {parameter.data_ptr() for parameter in model.parameters()}
+    assert max(tensor.numel() for tensor in kept if tensor.data_ptr() not in own) <= 3 * 32
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = torch.autograd.grad(found.square().sum(), parameters)
+    expected = nn.functional.linear(x, layer.weight, layer.bias)  # the view: soft, too
+    assert torch.equal(found, expected)
+    others = torch.autograd.grad(expected.square().sum(), parameters)
+    for one, other in zip(gradients, others, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_activation_checkpointing(reentrant: bool, dropout: float) -> None:

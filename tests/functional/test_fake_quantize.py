@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_qat.functional import dequantize, fake_quantize, finish_scale, positive_scale, quantize
 from lightning_qat.functional.bounded import bounded_temperature
-from lightning_qat.functional.fake_quantize import narrow
+from lightning_qat.functional.levels import narrow
 from lightning_qat.functional.points import GradientRule
 from lightning_qat.quantization import (
     Binary,

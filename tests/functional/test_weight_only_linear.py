@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_qat.functional import fused_linear as fused
 from lightning_qat.quantization import (
     AbsMax,
+    AbsMean,
     Clipped,
     FakeQuantizer,
     Gradient,
@@ -24,6 +25,8 @@ from lightning_qat.quantization import (
 )
 
 GRIDS = [Int(4), Int(3, symmetric=False), HalfInt(2), Ternary()]
+SCALES = [AbsMax(), AbsMean(0.7), Learned(init=AbsMax())]
+COMBINATIONS = [(grid, scale) for grid in GRIDS for scale in SCALES if grid.symmetric or scale.takes_zero_point]
 
 
 def results(spec: QuantizerSpec, dtype: torch.dtype, *, keep: bool, extreme: float) -> list[Tensor]:
@@ -47,8 +50,7 @@ def results(spec: QuantizerSpec, dtype: torch.dtype, *, keep: bool, extreme: flo
 
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("grid", GRIDS, ids=repr)
-@pytest.mark.parametrize("scale", [AbsMax(), Learned(init=AbsMax())], ids=repr)
+@pytest.mark.parametrize(("grid", "scale"), COMBINATIONS, ids=repr)
 @pytest.mark.parametrize("rule", [StraightThrough(), Clipped()], ids=repr)
 @pytest.mark.parametrize(("groups", "extreme"), [(0, 0.5), (32, 0.5), (0, torch.nan), (0, torch.inf)])
 def test_value_and_gradient(
@@ -70,3 +72,22 @@ def test_differentiated_twice() -> None:
     (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
+
+
+@pytest.mark.parametrize("shape", [(5, 13), (700, 401)])
+def test_plain_formula(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    weight, x = torch.randn(shape, dtype=torch.float64), torch.randn(2, 7, shape[1], dtype=torch.float64)
+    grad = torch.randn(2, 7, shape[0], dtype=torch.float64)
+    quantizer = FakeQuantizer(QuantizerSpec(Int(2), PerChannel(), AbsMean(0.66), Clipped()), shape)
+    for leaf in (x, weight):
+        leaf.requires_grad_()
+    y = fused.fused_linear(x, weight, None, quantizer.detached_setting(weight)[1])
+    grad_x, grad_weight = torch.autograd.grad(y, [x, weight], grad)
+    scale = 0.66 * 2 * weight.detach().abs().mean(1, keepdim=True)
+    rounded = torch.round(weight.detach() / scale).clamp(-2, 1) * scale
+    inside = (weight >= -2 * scale) & (weight <= scale)
+    assert 0 < inside.double().mean() < 1
+    expected = x @ rounded.T, grad @ rounded, inside * (grad.flatten(0, 1).T @ x.detach().flatten(0, 1))
+    for one, other in zip((y, grad_x, grad_weight), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)

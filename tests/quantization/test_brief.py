@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lightning_qat.quantization import (
     AbsMax,
     AbsMean,
+    Binary,
     FakeQuantizer,
     Granularity,
     Grid,
@@ -50,9 +51,9 @@ def check(quantizer: FakeQuantizer, weight: Tensor) -> None:
 
 @pytest.mark.parametrize("extreme", EXTREMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("grid", [Int(4), Int(8, narrow=True), HalfInt(2), Ternary()], ids=repr)
+@pytest.mark.parametrize("grid", [Int(4), Int(8, narrow=True), HalfInt(2), Ternary(), Binary()], ids=repr)
 @pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(), PerGroup(8)], ids=repr)
-@pytest.mark.parametrize("scale", [AbsMax(), Learned(init=AbsMax())], ids=repr)
+@pytest.mark.parametrize("scale", [AbsMax(), AbsMean(), AbsMean(0.66), Learned(init=AbsMax())], ids=repr)
 @pytest.mark.parametrize("rows", [6, 600])  # below and above the size from which on scales are looked at
 def test_value(extreme: str, dtype: torch.dtype, grid: Grid, granularity: Granularity, scale: Scale, rows: int) -> None:
     torch.manual_seed(0)
@@ -67,9 +68,10 @@ def test_value(extreme: str, dtype: torch.dtype, grid: Grid, granularity: Granul
     check(quantizer, nn.Parameter(weight))
 
 
-def test_follows_the_quantizer() -> None:
+@pytest.mark.parametrize("scale", [AbsMax(), AbsMean(0.66)], ids=repr)
+def test_follows_the_quantizer(scale: Scale) -> None:
     weight = torch.randn(4, 8)
-    quantizer = FakeQuantizer(QuantizerSpec(Int(8), PerChannel(), AbsMax()), (4, 8))
+    quantizer = FakeQuantizer(QuantizerSpec(Int(8), PerChannel(), scale), (4, 8))
     for bits in (8, 3, 2, 8):
         quantizer.set_grid(Int(bits))
         check(quantizer, weight)
@@ -78,7 +80,7 @@ def test_follows_the_quantizer() -> None:
             check(other, weight.double())
             other.set_grid(Int(bits - 1 if bits > 2 else 5))
             check(other, weight)
-    state = FakeQuantizer(QuantizerSpec(Int(4), PerChannel(), AbsMax()), (4, 8)).state_dict()
+    state = FakeQuantizer(QuantizerSpec(Int(4), PerChannel(), scale), (4, 8)).state_dict()
     quantizer.load_state_dict(state)
     assert quantizer.grid == Int(4)
     check(quantizer, weight)
@@ -89,7 +91,6 @@ def test_follows_the_quantizer() -> None:
     [
         QuantizerSpec(Int(4, symmetric=False), PerChannel(), AbsMax()),
         QuantizerSpec(Pi(3, 4), PerChannel(), AbsMax()),
-        QuantizerSpec(Int(4), PerChannel(), AbsMean()),
         QuantizerSpec(Int(4), PerChannel(), AbsMax(), scale_dtype="bfloat16"),
         QuantizerSpec(Int(4), PerChannel(), AbsMax(), LearnedSoft(0.5)),
     ],

@@ -116,6 +116,20 @@ def test_one_compilation_for_all_widths(spec: QuantizerSpec) -> None:
     assert counter.num_graphs == 1
 
 
+@pytest.mark.parametrize("spec", [*WEIGHTS, QuantizerSpec(Ternary(), scale=AbsMean(), gradient=Clipped())], ids=repr)
+def test_rounding_that_sets_in_compiles_once_and_once_more_when_it_is_complete(spec: QuantizerSpec) -> None:
+    x, counter = torch.randn(4, 8), Counter()
+    quantizer = ready(spec, x)
+    compiled = torch.compile(quantizer, fullgraph=True, backend=counter)
+    quantizer.softness = torch.tensor(1.0)
+    for softness in (1.0, 0.4, 0.1, None):
+        quantizer.softness = None if softness is None else quantizer.softness.fill_(softness)
+        found, expected = step(compiled, quantizer, x), step(quantizer, quantizer, x)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+        assert counter.num_graphs == (2 if softness is None else 1)
+
+
 def test_another_family_compiles_once_more() -> None:
     x, counter = torch.randn(4, 8), Counter()
     quantizer = ready(QuantizerSpec(Int(8), scale=AbsMean()), x)
