@@ -48,7 +48,8 @@ class OrthogonalUpdates(pl.Callback):
     callback; a resumed run goes on bit-identically.
 
     The cost, for each m x n weight with m the shorter side: 20 m^2 n + 10 m^3 multiplications and additions per step,
-    where a layer's own three products of T tokens are 3 T m n.
+    off CUDA 4 m^2 n + 34 m^3 where n is at least 2 m; a layer's own three products of T tokens are 6 T m n. So it is
+    dear where a step has few tokens: for square weights of 1024 and 8192 tokens, five eighths of those products.
 
     Args:
         rate: factor of the learning rate for these weights, positive, also as a ramp over the run. None: 2 for weights

@@ -22,15 +22,26 @@ def test_singular_vectors_stay_and_values_become_one(shape: tuple[int, int], dty
     assert float(large.max()) < 1.21 + tolerance
 
 
-def test_the_formula() -> None:
-    x = torch.randn(4, 6, dtype=torch.float64)
+@pytest.mark.parametrize("shape", [(4, 6), (4, 8), (4, 12), (12, 4), (1, 3)])  # twice as long: by the Gram matrix
+@pytest.mark.parametrize("num_iterations", [1, 2, 3, 5])
+def test_the_formula(shape: tuple[int, int], num_iterations: int) -> None:
+    x = torch.randn(shape, dtype=torch.float64)
     u, values, v = torch.linalg.svd(x, full_matrices=False)
     values = values / x.norm()
-    for _ in range(3):
+    for _ in range(num_iterations):
         values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
-    torch.testing.assert_close(orthogonalized(x, 3), u * values @ v, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(orthogonalized(100 * x), orthogonalized(x), rtol=1e-9, atol=1e-12)
+    found = orthogonalized(x, num_iterations)
+    torch.testing.assert_close(found, u * values @ v, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(orthogonalized(100 * x, num_iterations), found, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(48, 64), (48, 96), (200, 48)])
+def test_float32_loses_little(shape: tuple[int, int]) -> None:
+    x = torch.randn(shape) @ torch.diag(torch.logspace(-4, 0, shape[1]))  # singular values far apart
+    expected = orthogonalized(x.double())
+    assert float((orthogonalized(x) - expected).norm() / expected.norm()) < 1e-4
 
 
 def test_zeros_stay_zeros() -> None:
-    assert torch.equal(orthogonalized(torch.zeros(3, 4)), torch.zeros(3, 4))
+    for shape in ((3, 4), (3, 9)):
+        assert torch.equal(orthogonalized(torch.zeros(shape)), torch.zeros(shape))
