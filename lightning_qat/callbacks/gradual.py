@@ -11,11 +11,15 @@ from typing_extensions import override
 
 from lightning_qat.callbacks.run_length import num_steps
 from lightning_qat.conversion.state import quantizers
+from lightning_qat.quantization._checks import check_positive
 from lightning_qat.quantization.grid import Ternary
 from lightning_qat.quantization.quantizer import FakeQuantizer
 
-_LEARNED, _BINARY, _RECOMPUTED = 0.3, 0.6, 0.8
-"""Shares of the run over which rounding sets in: where scales are learned, at two levels, where they are recomputed."""
+_LEARNED, _RECOMPUTED, _BINARY = (0.3, 2.0), (0.8, 2.0), (1.0, 4.0)
+"""Shares of the run over which rounding sets in, and powers: where scales are learned, recomputed, at two levels."""
+
+_LEAST: Final = 1e-4
+"""Softness below which rounding is hard: float32 could not tell the slopes from the levels much longer."""
 
 _MOST_LEVELS, _MOST_RECOMPUTED = 3, 8
 _MIDDLE: Final = 0.5
@@ -27,8 +31,9 @@ class GradualQuantization(pl.Callback):
     r"""Lets the rounding of weights set in over the first part of a training, in the place of all at once.
 
     The staircase of rounding starts as the identity (within the range of the grid) and becomes steeper with every
-    optimizer step: its slopes between levels are :math:`1 / (1 - t)^2` with t = step / (fraction x steps of the run).
-    Then, and in validation, test, export always, rounding is what it is. The network is never broken, which pays at 3
+    optimizer step: its slopes between levels are :math:`1 / (1 - t)^p` with t = step / (fraction x steps of the run),
+    up to :math:`10^4`, which p = 2 reaches at t = 0.99, p = 4 at 0.9. Then, and in validation, test, export always,
+    rounding is what it is. The network is never broken, which pays at 3
     bits and below, where a short training must bring back much. It pays most with scales that follow the weights, as
     the recipes have them there: they can move far while nothing is rounded yet. Beside learned scales, which cannot
     follow, it pays at 1.58 bits and below, over a shorter time. The figures are in ``benchmarks/README.md``.
@@ -38,12 +43,14 @@ class GradualQuantization(pl.Callback):
     complete), or on a GPU, the forward of linear layers is not fused then.
 
     Args:
-        fraction: share of the run's optimizer steps, in (0, 1]. None: 0.6 for two levels; for others 0.3 where scales
+        fraction: share of the run's optimizer steps, in (0, 1]. None: 1 for two levels; for others 0.3 where scales
             are learned (or stored), 0.8 where they are recomputed from the weights in each step.
         match: glob over dotted layer names.
         most_levels: of the grids that it is for, 2 or more: 4 is 2 bits, 8 is 3 bits. Where ``ProgressiveBitWidth``
             changes grids, that of the step counts. None: 3 where scales are learned (or stored), 8 where they are
             recomputed.
+        power: p, positive and finite: the larger, the longer slopes are steep before they are levels. None: 4 for two
+            levels, 2 for others.
 
     Raises:
         ValueError: values out of range. When training starts: a model that is not prepared, a pattern that matches
@@ -57,7 +64,14 @@ class GradualQuantization(pl.Callback):
         trainer = L.Trainer(callbacks=[QATCallback(recipes.binary()), GradualQuantization(), Distillation()])
     """
 
-    def __init__(self, fraction: float | None = None, match: str = "*", *, most_levels: int | None = None) -> None:
+    def __init__(
+        self,
+        fraction: float | None = None,
+        match: str = "*",
+        *,
+        most_levels: int | None = None,
+        power: float | None = None,
+    ) -> None:
         if fraction is not None and (not isinstance(fraction, int | float) or not 0 < fraction <= 1):
             raise ValueError(
                 f"GradualQuantization: fraction={fraction!r} is not allowed; choose a share in (0, 1], or None for the "
@@ -68,13 +82,19 @@ class GradualQuantization(pl.Callback):
                 f"GradualQuantization: most_levels={most_levels!r} is not allowed; choose 2 or more, or None for the "
                 "default"
             )
+        if power is not None:
+            check_positive("GradualQuantization: power", power)
         self.fraction, self.match, self.most_levels = None if fraction is None else float(fraction), match, most_levels
+        self.power = None if power is None else float(power)
         self._quantizers: dict[str, FakeQuantizer] = {}
         self._num_steps = 1.0
 
     def __repr__(self) -> str:
         """Return an expression that evaluates back."""
-        return f"GradualQuantization({self.fraction!r}, {self.match!r}, most_levels={self.most_levels!r})"
+        return (
+            f"GradualQuantization({self.fraction!r}, {self.match!r}, most_levels={self.most_levels!r}, "
+            f"power={self.power!r})"
+        )
 
     @override
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -111,19 +131,22 @@ class GradualQuantization(pl.Callback):
     ) -> None:
         ongoing = {}
         for name, quantizer in self._quantizers.items():
-            softness = max(0.0, 1.0 - trainer.global_step / (self._fraction(quantizer) * self._num_steps)) ** 2
+            softness = self._softness(quantizer, trainer.global_step / self._num_steps)
             # asked anew: ProgressiveBitWidth may have changed the grid, and a resumed run must find the same
             _soften(quantizer, softness if self._is_soft(name, quantizer) else 0.0)
             if softness > 0:
                 ongoing[name] = quantizer
         self._quantizers = ongoing
 
-    def _fraction(self, quantizer: FakeQuantizer) -> float:
-        if self.fraction is not None:
-            return self.fraction
+    def _softness(self, quantizer: FakeQuantizer, done: float) -> float:
+        """Return the softness after a share of the run; 0 is hard."""
         if quantizer.grid.num_levels == _LEAST_LEVELS:
-            return _BINARY
-        return _LEARNED if quantizer.stored else _RECOMPUTED
+            fraction, power = _BINARY
+        else:
+            fraction, power = _LEARNED if quantizer.stored else _RECOMPUTED
+        fraction, power = self.fraction or fraction, self.power or power
+        softness = max(0.0, 1.0 - done / fraction) ** power
+        return softness if softness >= _LEAST else 0.0
 
     @override
     def teardown(self, trainer: "pl.Trainer", pl_module: nn.Module, stage: str) -> None:

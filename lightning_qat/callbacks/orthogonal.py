@@ -24,7 +24,7 @@ _LIKE_ADAM: Final = 0.2
 """Root mean square of what Adam-like optimizers move a weight by, in learning rates: arXiv:2502.16982 section 2.2."""
 
 _MATRIX: Final = 2
-_RATES: Final[dict[int, "float | Ramp"]] = {2: QuadraticRamp(0.0, start=2.4), 3: 2.0}
+_RATES: Final[dict[int, "float | Ramp"]] = {2: QuadraticRamp(0.0, start=3.0), 3: 2.0}
 """Of weights with so few levels, where no rate is given; 1 of others."""
 _SETTLING: Final = QuadraticRamp(0.0, start=4.0)
 _SETTLING_LEVELS: Final = range(3, 9)
@@ -47,13 +47,14 @@ class OrthogonalUpdates(pl.Callback):
     as large for them. Kernels of convolutions count as (outputs, everything else). Momenta are in the checkpoint of the
     callback; a resumed run goes on bit-identically.
 
-    The cost, for each m x n weight with m the shorter side: 20 m^2 n + 10 m^3 multiplications and additions per step,
-    off CUDA 4 m^2 n + 34 m^3 where n is at least 2 m; a layer's own three products of T tokens are 6 T m n. So it is
-    dear where a step has few tokens: for square weights of 1024 and 8192 tokens, five eighths of those products.
+    The cost, for each m x n weight with m the shorter side: 20 m^2 n + 10 m^3 multiplications and additions per step
+    (:func:`~lightning_qat.functional.orthogonal.orthogonalized`: where in bfloat16, where fewer); a layer's own three
+    products of T tokens are 6 T m n. So it is dear where a step has few tokens: for square weights of 1024 and 8192
+    tokens, five eighths of those products.
 
     Args:
         rate: factor of the learning rate for these weights, positive, also as a ramp over the run. None: 2 for weights
-            of three levels, ``QuadraticRamp(0.0, start=2.4)`` for those of two levels, which do best when their signs
+            of three levels, ``QuadraticRamp(0.0, start=3.0)`` for those of two levels, which do best when their signs
             settle early, and 1 for others; where scales are recomputed ``QuadraticRamp(0.0, start=4.0)`` for 3 to 8
             levels.
         momentum: of the gradients, in [0, 1).

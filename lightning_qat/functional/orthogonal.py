@@ -1,5 +1,6 @@
 """The nearest matrix with orthogonal rows or columns, approximately."""
 
+import functools
 from typing import Final
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 
 _COEFFICIENTS: Final = (3.4445, -4.7750, 2.0315)
 _SMALLEST_NORM: Final = 1e-7
+_LARGE: Final = 128  # shorter side from which on products in bfloat16 are faster on CPUs that have them
 
 
 def orthogonalized(matrix: Tensor, num_iterations: int = 5) -> Tensor:
@@ -18,26 +20,40 @@ def orthogonalized(matrix: Tensor, num_iterations: int = 5) -> Tensor:
     Args:
         matrix: (rows, columns), floating point, m the shorter side and n the longer.
         num_iterations: 1 or more. Each takes 4 m^2 n + 2 m^3 multiplications and additions; where n is at least 2 m,
-            off CUDA, the first takes 4 m^2 n + 2 m^3 and each further one 8 m^3.
+            not in bfloat16, the first takes 4 m^2 n + 2 m^3 and each further one 8 m^3.
 
-    Source: Newton-Schulz with the coefficients of K. Jordan's Muon (2024). It is computed in float32 (float64 for
-    float64), on CUDA in bfloat16, as there.
+    Source: Newton-Schulz with the coefficients of K. Jordan's Muon (2024). It is computed in bfloat16 on CUDA, as
+    there, and from m = 128 on, on CPUs with instructions for it (AVX-512, AMX); else in float32, float64 in float64.
 
     >>> x = torch.tensor([[3.0, 0.0, 0.0], [0.0, 0.5, 0.0]])
     >>> orthogonalized(x).abs().gt(0.6).tolist()
     [[True, False, False], [False, True, False]]
     """
-    x = matrix if matrix.dtype == torch.float64 else matrix.bfloat16() if matrix.is_cuda else matrix.float()
+    x = matrix.to(_dtype(matrix))
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x
     x = x / x.norm().clamp(min=_SMALLEST_NORM)
-    if not matrix.is_cuda and x.shape[1] >= 2 * x.shape[0]:
+    if x.dtype != torch.bfloat16 and x.shape[1] >= 2 * x.shape[0]:
         x = _factor(x @ x.T, num_iterations) @ x
     else:
         for _ in range(num_iterations):
             x = _polynomial(x @ x.T) @ x
     found: Tensor = (x.T if tall else x).to(matrix.dtype)
     return found
+
+
+def _dtype(matrix: Tensor) -> torch.dtype:
+    if matrix.dtype == torch.float64:
+        return torch.float64
+    fast = matrix.is_cuda or (matrix.is_cpu and min(matrix.shape) >= _LARGE and _has_bfloat16())
+    return torch.bfloat16 if fast else torch.float32
+
+
+@functools.cache
+def _has_bfloat16() -> bool:
+    """Whether the CPU has instructions for products in bfloat16; without them they are slower than in float32."""
+    found: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
 def _polynomial(gram: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ def test_from_the_identity_to_rounding(recipe: str) -> None:
     if recipe == "bitnet":  # scales that are recomputed
         fit(Net(), QATCallback(recipes.bitnet()), GradualQuantization(0.5, most_levels=4), train=loader(64))
         return
-    callbacks = [QATCallback(learned(recipe)), GradualQuantization(0.5, most_levels=4)]
+    callbacks = [QATCallback(learned(recipe)), GradualQuantization(0.5, most_levels=4, power=2)]
     fit(model, *callbacks, train=loader(64), val=loader(8),
         val_check_interval=2, num_sanity_val_steps=1)  # fmt: skip
     assert [round(softness, 6) for softness, _, _ in model.seen] == [1.0, 0.5625, 0.25, 0.0625, 0.0, 0.0, 0.0, 0.0]
@@ -80,8 +80,30 @@ def test_two_levels_and_scales_that_are_recomputed_take_longer() -> None:
     model.more = nn.Linear(8, 8)
     fit(model, QATCallback(Recipe((*own, *learned("ternary").rules))), GradualQuantization(), train=loader(64))
     steps = [step / 8 for step in range(8)]
-    expected = [tuple(max(0.0, 1 - step / share) ** 2 for share in (0.8, 0.6, 0.3)) for step in steps]
+    settings = (0.8, 2), (1.0, 4), (0.3, 2)
+    expected = [tuple(max(0.0, 1 - step / share) ** power for share, power in settings) for step in steps]
     torch.testing.assert_close(torch.tensor(seen), torch.tensor(expected))
+
+
+@pytest.mark.parametrize("power", [1, 2.0, 4.0])
+def test_slopes_are_levels_before_float32_cannot_tell_them(power: float) -> None:
+    class Long(Net):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            now = next(q.softness for q in fake_quantizers(self).values() if not q.layout.is_input)
+            seen.append(0.0 if now is None else float(now))
+
+    seen: list[float] = []
+    fit(
+        Long(),
+        QATCallback(recipes.ternary()),
+        GradualQuantization(1.0, power=power),
+        train=loader(8 * 256),
+        max_steps=256,
+    )
+    expected = [(1 - step / 256) ** power for step in range(256)]
+    expected = [softness if softness >= 1e-4 else 0.0 for softness in expected]
+    torch.testing.assert_close(torch.tensor(seen), torch.tensor(expected))
+    assert (min(seen) == 0) == (power > 1)
 
 
 def test_every_parameter_trains_from_the_first_step() -> None:
@@ -137,6 +159,9 @@ def test_clear_errors() -> None:
     for fraction in (0, 1.5, "all"):
         with pytest.raises(ValueError, match="fraction="):
             GradualQuantization(fraction)  # type: ignore[arg-type]
+    for power in (0, -1.0, float("inf"), float("nan"), "all", True):
+        with pytest.raises(ValueError, match="GradualQuantization: power="):
+            GradualQuantization(power=power)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"match='haed' matches no layer .* there are \['first', 'head'\]"):
         fit(Net(), QATCallback(learned("int2")), GradualQuantization(match="haed"))
     with pytest.raises(ValueError, match="QATCallback"):
@@ -148,7 +173,7 @@ def test_clear_errors() -> None:
         fit(Net(), QATCallback(wide), GradualQuantization(most_levels=4))
     with pytest.raises(ValueError, match="most_levels=1 is not allowed; choose 2 or more"):
         GradualQuantization(most_levels=1)
-    assert repr(GradualQuantization()) == "GradualQuantization(None, '*', most_levels=None)"
+    assert repr(GradualQuantization()) == "GradualQuantization(None, '*', most_levels=None, power=None)"
 
 
 def test_grids_with_more_levels_are_rounded_at_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -80,7 +80,7 @@ def test_steps_are_those_of_a_loop_by_hand(momentum: float, rate: float | Ramp, 
 @pytest.mark.parametrize(
     ("recipe", "rate"),
     [
-        (learned("ternary"), 2.0), (recipes.binary(), QuadraticRamp(0.0, start=2.4)), (learned("seq2"), 1.0),
+        (learned("ternary"), 2.0), (recipes.binary(), QuadraticRamp(0.0, start=3.0)), (learned("seq2"), 1.0),
         *((recipes.named(name), QuadraticRamp(0.0, start=4.0)) for name in ("ternary", "seq2", "int2", "int3")),
     ],
 )  # fmt: skip
@@ -110,7 +110,7 @@ def test_rates_follow_a_grid_that_changes() -> None:
     plain = lambda module: torch.optim.AdamW(module.parameters(), LR, weight_decay=0.0)  # noqa: E731
     fit(Moves(optimizer=plain), QATCallback(recipes.int4()), bits, OrthogonalUpdates(), train=loader(64))
     rates = [norm / moved[0] for norm in moved]  # singular values are near 1, whatever the gradient
-    expected = [1.0, 1.0, *(2.4 * (1 - step / 8) ** 2 for step in range(2, 8))]
+    expected = [1.0, 1.0, *(3.0 * (1 - step / 8) ** 2 for step in range(2, 8))]
     assert rates == pytest.approx(expected, rel=0.35)
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lightning_qat.functional import orthogonal
 from lightning_qat.functional.orthogonal import orthogonalized
 
 
@@ -45,3 +46,18 @@ def test_float32_loses_little(shape: tuple[int, int]) -> None:
 def test_zeros_stay_zeros() -> None:
     for shape in ((3, 4), (3, 9)):
         assert torch.equal(orthogonalized(torch.zeros(shape)), torch.zeros(shape))
+
+
+@pytest.mark.parametrize("shape", [(128, 180), (400, 128)])
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+def test_large_matrices(shape: tuple[int, int], has_bfloat16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(orthogonal, "_has_bfloat16", lambda: has_bfloat16)
+    x = torch.randn(shape)
+    expected, found = orthogonalized(x.double()), orthogonalized(x)
+    assert found.dtype == torch.float32
+    difference = float((found - expected).norm() / expected.norm())
+    assert difference < (0.03 if has_bfloat16 else 1e-4)
+    assert (difference > 1e-4) == has_bfloat16
+    spread = torch.linalg.svdvals(found.double())
+    assert float(spread.max()) < 1.25
+    assert float(spread.min()) > 0.6
