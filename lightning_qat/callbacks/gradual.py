@@ -15,8 +15,9 @@ from lightning_qat.quantization._checks import check_positive
 from lightning_qat.quantization.grid import Ternary
 from lightning_qat.quantization.quantizer import FakeQuantizer
 
-_LEARNED, _RECOMPUTED, _BINARY = (0.3, 2.0), (0.8, 2.0), (1.0, 4.0)
-"""Shares of the run over which rounding sets in, and powers: where scales are learned, recomputed, at two levels."""
+_LEARNED, _RECOMPUTED = (0.3, 2.0), (0.8, 2.0)
+_TWO_LEARNED, _TWO_RECOMPUTED = (1.0, 4.0), (0.6, 2.0)
+"""Shares of the run over which rounding sets in, and powers: where scales are learned or recomputed; two levels."""
 
 _LEAST: Final = 1e-4
 """Softness below which rounding is hard: float32 could not tell the slopes from the levels much longer."""
@@ -43,14 +44,14 @@ class GradualQuantization(pl.Callback):
     complete), or on a GPU, the forward of linear layers is not fused then.
 
     Args:
-        fraction: share of the run's optimizer steps, in (0, 1]. None: 1 for two levels; for others 0.3 where scales
-            are learned (or stored), 0.8 where they are recomputed from the weights in each step.
+        fraction: share of the run's optimizer steps, in (0, 1]. None: 0.3 where scales are learned (or stored), 0.8
+            where they are recomputed from the weights in each step; for two levels 1 and 0.6.
         match: glob over dotted layer names.
         most_levels: of the grids that it is for, 2 or more: 4 is 2 bits, 8 is 3 bits. Where ``ProgressiveBitWidth``
             changes grids, that of the step counts. None: 3 where scales are learned (or stored), 8 where they are
             recomputed.
         power: p, positive and finite: the larger, the longer slopes are steep before they are levels. None: 4 for two
-            levels, 2 for others.
+            levels with learned (or stored) scales, else 2.
 
     Raises:
         ValueError: values out of range. When training starts: a model that is not prepared, a pattern that matches
@@ -141,7 +142,7 @@ class GradualQuantization(pl.Callback):
     def _softness(self, quantizer: FakeQuantizer, done: float) -> float:
         """Return the softness after a share of the run; 0 is hard."""
         if quantizer.grid.num_levels == _LEAST_LEVELS:
-            fraction, power = _BINARY
+            fraction, power = _TWO_LEARNED if quantizer.stored else _TWO_RECOMPUTED
         else:
             fraction, power = _LEARNED if quantizer.stored else _RECOMPUTED
         fraction, power = self.fraction or fraction, self.power or power

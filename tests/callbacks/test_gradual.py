@@ -72,15 +72,16 @@ def test_two_levels_and_scales_that_are_recomputed_take_longer() -> None:
     class Both(Net):
         def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
             now = {q.owner: q.softness for q in fake_quantizers(self).values() if not q.layout.is_input}
-            seen.append(tuple(0.0 if now[name] is None else float(now[name]) for name in ("first", "more", "head")))
+            seen.append(tuple(0.0 if now[name] is None else float(now[name]) for name in names))
 
     seen: list[tuple[float, ...]] = []
-    own = (Rule(name, kind().rules[0].spec) for name, kind in (("first", recipes.bitnet), ("more", recipes.binary)))
+    kinds = {"first": recipes.bitnet, "more": recipes.binary, "most": recipes.bitnet1}
+    own, names = (Rule(name, kind().rules[0].spec) for name, kind in kinds.items()), (*kinds, "head")
     model = Both()
-    model.more = nn.Linear(8, 8)
+    model.more, model.most = nn.Linear(8, 8), nn.Linear(8, 8)
     fit(model, QATCallback(Recipe((*own, *learned("ternary").rules))), GradualQuantization(), train=loader(64))
     steps = [step / 8 for step in range(8)]
-    settings = (0.8, 2), (1.0, 4), (0.3, 2)
+    settings = (0.8, 2), (1.0, 4), (0.6, 2), (0.3, 2)
     expected = [tuple(max(0.0, 1 - step / share) ** power for share, power in settings) for step in steps]
     torch.testing.assert_close(torch.tensor(seen), torch.tensor(expected))
 
