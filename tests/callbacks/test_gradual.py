@@ -81,7 +81,7 @@ def test_two_levels_and_scales_that_are_recomputed_take_longer() -> None:
     model.more, model.most = nn.Linear(8, 8), nn.Linear(8, 8)
     fit(model, QATCallback(Recipe((*own, *learned("ternary").rules))), GradualQuantization(), train=loader(64))
     steps = [step / 8 for step in range(8)]
-    settings = (0.8, 2), (1.0, 4), (0.6, 2), (0.3, 2)
+    settings = (0.8, 2), (0.9, 4), (0.6, 2), (0.3, 2)
     expected = [tuple(max(0.0, 1 - step / share) ** power for share, power in settings) for step in steps]
     torch.testing.assert_close(torch.tensor(seen), torch.tensor(expected))
 
