@@ -33,11 +33,12 @@ class GradualQuantization(pl.Callback):
 
     The staircase of rounding starts as the identity (within the range of the grid) and becomes steeper with every
     optimizer step: its slopes between levels are :math:`1 / (1 - t)^p` with t = step / (fraction x steps of the run),
-    up to :math:`10^4`, which p = 2 reaches at t = 0.99, p = 4 at 0.9. Then, and in validation, test, export always,
-    rounding is what it is. The network is never broken, which pays at 3
-    bits and below, where a short training must bring back much. It pays most with scales that follow the weights, as
-    the recipes have them there: they can move far while nothing is rounded yet. Beside learned scales, which cannot
-    follow, it pays at 1.58 bits and below, over a shorter time. The figures are in ``benchmarks/README.md``.
+    up to :math:`10^4`, which p = 2 reaches at t = 0.99 and p = 4 at 0.9. Then, and in validation, test, export
+    always, rounding is what it is. The network is never broken, which pays at 3 bits and below, where a short
+    training must bring back much. It pays most with scales that follow the weights, as the recipes have them there:
+    they can move far while nothing is rounded yet. Beside learned scales, which cannot follow, it pays at 1.58 bits
+    over a shorter time, and at 1 bit, where signs do not depend on the scale. The figures are in
+    ``benchmarks/README.md``.
 
     The step is the trainer's, so a resumed run goes on bit-identically. While values lie between levels, products are
     those of floats; where inputs are quantized, too, where the model is compiled (it is once more when rounding is
