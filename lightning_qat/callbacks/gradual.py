@@ -131,14 +131,10 @@ class GradualQuantization(pl.Callback):
     def on_train_batch_start(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
     ) -> None:
-        ongoing = {}
+        done = trainer.global_step / self._num_steps
+        # all of them in every step: ProgressiveBitWidth may have changed a grid, and a resumed run must find the same
         for name, quantizer in self._quantizers.items():
-            softness = self._softness(quantizer, trainer.global_step / self._num_steps)
-            # asked anew: ProgressiveBitWidth may have changed the grid, and a resumed run must find the same
-            _soften(quantizer, softness if self._is_soft(name, quantizer) else 0.0)
-            if softness > 0:
-                ongoing[name] = quantizer
-        self._quantizers = ongoing
+            _soften(quantizer, self._softness(quantizer, done) if self._is_soft(name, quantizer) else 0.0)
 
     def _softness(self, quantizer: FakeQuantizer, done: float) -> float:
         """Return the softness after a share of the run; 0 is hard."""

@@ -36,8 +36,10 @@ def orthogonalized(matrix: Tensor, num_iterations: int = 5) -> Tensor:
     if x.dtype != torch.bfloat16 and x.shape[1] >= 2 * x.shape[0]:
         x = _factor(x @ x.T, num_iterations) @ x
     else:
+        a, b, c = _COEFFICIENTS
         for _ in range(num_iterations):
-            x = _polynomial(x @ x.T) @ x
+            gram = x @ x.T
+            x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     found: Tensor = (x.T if tall else x).to(matrix.dtype)
     return found
 

@@ -107,6 +107,19 @@ def test_slopes_are_levels_before_float32_cannot_tell_them(power: float) -> None
     assert (min(seen) == 0) == (power > 1)
 
 
+def test_a_grid_of_two_levels_that_comes_late_is_soft_still() -> None:
+    class Late(Net):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            now = next(q.softness for q in fake_quantizers(self).values() if not q.layout.is_input)
+            seen.append(0.0 if now is None else float(now))
+
+    seen: list[float] = []
+    drops = ProgressiveBitWidth({0: 8, 4: 1}, unit="step")
+    fit(Late(), QATCallback(recipes.int4()), drops, GradualQuantization(), train=loader(64))
+    expected = [0.0] * 4 + [(1 - step / 8 / 0.9) ** 4 for step in range(4, 8)]
+    torch.testing.assert_close(torch.tensor(seen), torch.tensor([x if x >= 1e-4 else 0.0 for x in expected]))
+
+
 def test_every_parameter_trains_from_the_first_step() -> None:
     model = Net()
     before = None
