@@ -69,7 +69,7 @@ def calibration(shape: str, num_batches: int, repetitions: int) -> dict[str, flo
     found = {}
     for name, scale in INPUT_SCALES.items():
         reference, ratios = Model(SHAPES[shape]).eval(), []
-        batches = [reference.example("cpu") for _ in range(num_batches)]
+        batches = [reference.shape.example("cpu") for _ in range(num_batches)]
         for _ in range(repetitions):
             model = Model(SHAPES[shape])
             inputs = QuantizerSpec(Int(8), PerTensor(), scale)

@@ -62,7 +62,7 @@ def main() -> None:
         model = build(Model(SHAPES[arguments.model]).to(arguments.device))
         if arguments.softness is not None:
             soften(model, arguments.softness)
-        batch = model.example(arguments.device)
+        batch = model.shape.example(arguments.device)
         forward = torch.compile(model, fullgraph=True) if arguments.mode == "compiled" else model
         size = bytes_kept(model, forward, batch, arguments.precision)
         rows.append({"variant": name, "ratio": size / (rows[0]["MB"] * 1e6 if rows else size), "MB": size / 1e6})

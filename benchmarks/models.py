@@ -25,6 +25,13 @@ class Shape:
     feed_forward: int = 0
     num_kv_heads: int = 0
 
+    def example(self, device: str) -> Tensor:
+        """Return one random batch."""
+        size = self.batch, self.sequence
+        if self.vocabulary:
+            return torch.randint(self.vocabulary, size, device=device)
+        return torch.randn(*size, self.hidden, device=device)
+
 
 SHAPES = {
     "S": Shape(hidden=256, num_heads=4, num_layers=4, sequence=60, batch=32),
@@ -90,17 +97,20 @@ class Model(nn.Module):
         x = batch if self.embedding is None else self.embedding(batch)
         for block in self.blocks:
             x = block(x)
+        return self.loss(x, batch)
+
+    def loss(self, x: Tensor, batch: Tensor) -> Tensor:
+        """Return the loss of what comes out of the last block."""
         x = self.norm(x)
         if self.head is None:
             return F.mse_loss(x.float(), batch)
         return F.cross_entropy(self.head(x).float().flatten(0, 1), batch.flatten())
 
-    def example(self, device: str) -> Tensor:
-        """Return one random batch."""
-        size = self.shape.batch, self.shape.sequence
-        if self.shape.vocabulary:
-            return torch.randint(self.shape.vocabulary, size, device=device)
-        return torch.randn(*size, self.shape.hidden, device=device)
+    def compile_regions(self) -> None:
+        """Compile every block by itself, which is one compilation, since they share their code; and the loss."""
+        for block in self.blocks:
+            block.compile(fullgraph=True)
+        self.loss = torch.compile(self.loss, fullgraph=True)  # type: ignore[method-assign]
 
 
 def soften(model: nn.Module, softness: float) -> None:
@@ -121,10 +131,10 @@ def training_step(
     device, run = batches[0].device.type, model if forward is None else forward  # a compiled module has no truth value
 
     def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
         with accumulation_window(model) if len(batches) > 1 else nullcontext():
             backward()
         optimizer.step()
+        optimizer.zero_grad(set_to_none=True)  # of many models, only one holds gradients
 
     def backward() -> None:
         for batch in batches:

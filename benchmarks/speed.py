@@ -3,6 +3,7 @@
     python -m benchmarks.speed --model S --precision fp32 --mode eager
     python -m benchmarks.speed --model S --one-token
     python -m benchmarks.speed --only ternary seq2 binary --softness 0.3
+    python -m benchmarks.speed --model L --precision bf16-mixed --mode regions   # a GPU
     python -m benchmarks.speed --elements 2048
 
 All variants take turns in one process, the base before each of them; a row is the median of the ratios of such
@@ -12,6 +13,8 @@ than one thread, that is not wall time.
 Where weights alone are quantized, the time that this adds does not depend on the number of tokens: with one token (a
 batch of one, a sequence of one) the products are small, and the difference of the fastest steps tells it from noise.
 
+A model runs eagerly, eagerly with ``compiled_kernels()``, with every block compiled by itself, or compiled as a whole.
+
 A softness is that of weights while ``GradualQuantization`` lets their rounding set in.
 """
 
@@ -19,6 +22,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +34,7 @@ from benchmarks.models import SHAPES, Model, soften, training_step
 from benchmarks.output import machine, save, show
 from benchmarks.quantizers import quantizers
 from benchmarks.variants import variants
+from lightning_qat.functional.kernels import compiled_kernels
 
 
 def seconds(run: Callable[[], object], device: str) -> float:
@@ -85,19 +90,24 @@ def step_times(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure training steps."""
     shape = SHAPES[arguments.model]
     shape = replace(shape, batch=1, sequence=1) if arguments.one_token else shape
-    batches = [Model(shape).example(arguments.device) for _ in range(arguments.micro_batches)]
+    batches = [shape.example(arguments.device) for _ in range(arguments.micro_batches)]
     runs, built = {}, variants()
     torch._dynamo.config.recompile_limit = 2 * len(built)  # all share the code of the model: it is compiled for each
     for name, build in built.items():
         if name != "float" and arguments.only and name not in arguments.only:
             continue
         torch.manual_seed(0)
-        model = build(Model(shape).to(arguments.device))
+        with torch.device(arguments.device):
+            model = build(Model(shape))
         if arguments.softness is not None:
             soften(model, arguments.softness)
+        if arguments.mode == "regions":
+            model.compile_regions()
         forward = torch.compile(model, fullgraph=True) if arguments.mode == "compiled" else model
         runs[name] = training_step(model, batches, arguments.precision, forward)
-    return rows_of(measure(runs, arguments.device, budget=arguments.seconds, least=arguments.repetitions))
+    with compiled_kernels() if arguments.mode == "kernels" else nullcontext():
+        pairs = measure(runs, arguments.device, budget=arguments.seconds, least=arguments.repetitions)
+    return rows_of(pairs)
 
 
 def quantizer_times(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -111,8 +121,12 @@ def quantizer_times(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         wanted = list({x, *module.parameters()})
         return lambda: torch.autograd.grad(module(x), wanted, grad)  # backward() would copy the gradient of x once more
 
+    def repeated(once: Callable[[], object]) -> Callable[[], object]:
+        return lambda: [once() for _ in range(10)][-1]  # a GPU is faster than a call from Python
+
     runs: dict[str, Callable[[], object]] = {"clone": lambda: x.detach().clone()}
     runs |= {name: run(module) for name, module in chosen.items()}
+    runs = {name: repeated(once) for name, once in runs.items()} if arguments.device == "cuda" else runs
     return rows_of(measure(runs, arguments.device, budget=arguments.seconds, least=arguments.repetitions))
 
 
@@ -121,7 +135,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=SHAPES, default="S")
     parser.add_argument("--precision", choices=("fp32", "bf16-mixed"), default="fp32")
-    parser.add_argument("--mode", choices=("eager", "compiled"), default="eager")
+    parser.add_argument("--mode", choices=("eager", "kernels", "regions", "compiled"), default="eager")
     parser.add_argument("--micro-batches", type=int, default=1)
     parser.add_argument("--one-token", action="store_true", help="a batch and a sequence of one")
     parser.add_argument("--softness", type=float, help="of the rounding of weights, in (0, 1]")

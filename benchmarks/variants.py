@@ -113,7 +113,7 @@ def _modelopt(config: str) -> Build:
 
         chosen = getattr(mtq, config)
         chosen = chosen | {"quant_cfg": [*chosen["quant_cfg"], {"quantizer_name": "head.*", "enable": False}]}
-        batch = model.example(next(model.parameters()).device.type)
+        batch = model.shape.example(next(model.parameters()).device.type)
         mtq.quantize(model, chosen, lambda quantized: quantized(batch))
         return model
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
@@ -36,6 +37,16 @@ def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
 def transformed_or_compiled() -> bool:
     """Whether a function of autograd is traced, by a compiler or by transforms of ``torch.func``."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def unaliased(output: Tensor) -> Tensor:
+    """Return what the forward of a function of autograd returns, as a tensor of its own where a compiler traces it.
+
+    The compiler of torch 2.11 (not of 2.13) adds what a forward computes on the way to its outputs. Where operations
+    in place make these the same tensor as an output, they take its gradient, and zero is left, silently. The copy costs
+    nothing in compiled code: it is the last step of the kernel that computes the output.
+    """
+    return output.clone() if torch.compiler.is_compiling() else output
 
 
 def applied(function: type[Function], *arguments: Any) -> Any:

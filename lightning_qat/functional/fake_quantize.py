@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from lightning_qat.functional.application import applied
+from lightning_qat.functional.application import applied, unaliased
 from lightning_qat.functional.bounded import attached_scale
 from lightning_qat.functional.gradients import number, within
 from lightning_qat.functional.kernels import run, wanted
@@ -270,7 +270,7 @@ class _FakeQuantize(torch.autograd.Function):
         setting = Setting(
             scale, zero_point, temperature, lo, hi, rounding, rule, learned, no_nan, softness=softness
         )  # fmt: skip
-        return setting.hoisted().fake_quantized(x)
+        return unaliased(setting.hoisted().fake_quantized(x))
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_qat.functional.application import applied, transformed_or_compiled
+from lightning_qat.functional.application import applied, transformed_or_compiled, unaliased
 from lightning_qat.functional.fake_quantize import Setting
 from lightning_qat.functional.integer import scaled_product
 from lightning_qat.functional.levels import cast
@@ -94,7 +94,7 @@ class _FusedLinear(torch.autograd.Function):
         if plan.integer:
             assert codes is not None  # noqa: S101
             levels = quantized_weight(weight, of_weight, integer=True, dtype=plan.dtype) if known is None else known
-            y = _integer_linear(codes, levels, bias, of_weight, of_input, plan)
+            y = unaliased(_integer_linear(codes, levels, bias, of_weight, of_input, plan))
         else:
             values = _tokens(of_input.values(levels, x.dtype), plan).to(plan.dtype)
             y = F.linear(values, _weight(of_weight, weight, plan, known), _cast(bias, plan))

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 MAX_FEATURES: Final = 1 << 17
@@ -39,11 +40,19 @@ def integer_product(a: Tensor, b: Tensor) -> Tensor:
 
 def _padded_product(a: Tensor, b: Tensor) -> Tensor:
     """Pad with zeros to what cuBLAS takes: more than 16 tokens, features and outputs in multiples of 8."""
-    tokens, outputs = a.shape[0], b.shape[0]
-    features = max(8, -(-a.shape[1] // 8) * 8)
-    a = torch.nn.functional.pad(a, (0, features - a.shape[1], 0, max(0, 32 - tokens)))
-    b = torch.nn.functional.pad(b, (0, features - b.shape[1], 0, max(8, -(-outputs // 8) * 8) - outputs))
-    return torch._int_mm(a.contiguous(), b.contiguous().t())[:tokens, :outputs]
+    (tokens, features), outputs = a.shape, b.shape[0]
+    a, b = _padded(a, max(17, tokens), _eights(features)), _padded(b, _eights(outputs), _eights(features))
+    product = torch._int_mm(a.contiguous(), b.contiguous().t())
+    return product if product.shape == (tokens, outputs) else product[:tokens, :outputs]
+
+
+def _eights(size: int) -> int:
+    return max(8, -(-size // 8) * 8)
+
+
+def _padded(codes: Tensor, rows: int, features: int) -> Tensor:
+    missing = features - codes.shape[1], rows - codes.shape[0]
+    return F.pad(codes, (0, missing[0], 0, missing[1])) if any(missing) else codes  # pad() copies in any case
 
 
 def scaled_product(

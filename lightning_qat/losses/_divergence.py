@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lightning_qat.functional.application import unaliased
 from lightning_qat.losses._common import full_precision
 
 _CHUNK: Final = 1 << 17  # logits handled at a time on CPU: the temporaries then stay in the cache
@@ -36,7 +37,7 @@ class _Divergence(torch.autograd.Function):
         if hidden is not None:
             values.index_fill_(0, hidden, 0.0)
             slopes = slopes.index_fill_(0, hidden, 0.0) if wanted else slopes
-        return values, slopes
+        return unaliased(values), unaliased(slopes)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
