@@ -134,8 +134,10 @@ def variants() -> dict[str, Build]:
         "binary": _ours(recipes.binary()),
         "w8a8": _ours(recipes.w8a8()),
         "w8a8 simulated": _ours(recipes.w8a8(), "simulated"),
+        "w8a8 integer": _ours(recipes.w8a8(), "integer"),
         "w4a8 absmax": _ours(_absmax(4, inputs=True)),
         "bitnet": _ours(recipes.bitnet()),
+        "bitnet integer": _ours(recipes.bitnet(), "integer"),
         "naive int4": _naive(NaiveLinear),
         "naive w4a8": _naive(NaiveLinearInputs),
     }
