@@ -70,7 +70,7 @@ class Setting:
 
     def _key(self, x: Tensor) -> tuple[Any, ...]:
         """Return what a compiled kernel depends on, beside the values of tensors."""
-        return x.dim(), x.dtype, x.device.type, self.zero_point is None, self.rounding, self.rule, self.learned
+        return x.dim(), x.dtype, self.zero_point is None, self.rounding, self.rule, self.learned
 
     def levels(self, x: Tensor) -> Tensor:
         """Return :func:`quantize` of x."""
@@ -80,14 +80,19 @@ class Setting:
     def _units(self, x: Tensor, scale: Tensor, *, out: Tensor | None = None) -> Tensor:
         return torch.div(widened(x), scale, out=out) if self.no_nan else units(x, scale, out=out)
 
-    def fake_quantized(self, x: Tensor) -> Tensor:
-        """Return what the nearest levels of x stand for, in the dtype of x."""
+    def fake_quantized(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Return what the nearest levels of x stand for, in the dtype of x; converted to another where one is given."""
+        if wanted(x, _LARGE) and not isinstance(self.softness, float):
+            key = self.softness is None, dtype, *self._key(x)
+            return run(_values, x.device.type, key, x, dtype, self.softness, *self._fields)
+        values = self._fake_quantized(x)
+        return values if dtype is None else cast(values, dtype)
+
+    def _fake_quantized(self, x: Tensor) -> Tensor:
         if self.ends is not None and self.zero_point is None and x.dtype == self.scale.dtype and x.numel() <= _PIECE:
             # What follows below, in fewer calls: after a product of matrices, each takes microseconds.
             u = torch.div(x, self.scale)
             return self._valued_(u if self.no_nan else torch.nan_to_num_(u), self.scale, None)
-        if wanted(x, _LARGE) and self.softness is None:
-            return run(_values, self._key(x), x, *self._fields)
         whole = x.numel() <= _PIECE or x.device.type != "cpu" or torch.compiler.is_compiling()
         if whole or x.dtype != self.scale.dtype:
             return narrow(self._valued_(self._units(x, self.scale), self.scale, self.zero_point), x.dtype)
@@ -146,7 +151,7 @@ class Setting:
             needs: which of the three are wanted.
         """
         if wanted(x, _WORTHWHILE):
-            return run(_gradients, (needs, *self._key(x)), grad, x, needs, *self._fields)
+            return run(_gradients, x.device.type, (needs, *self._key(x)), grad, x, needs, *self._fields)
         if self.only_clips and not (needs[1] and self.learned):
             return self._clipped(grad, x) if needs[0] else None, None, None
         out = torch.empty_like(x) if needs[0] else None
@@ -251,8 +256,8 @@ def _taken(x: Tensor, rows: Any) -> Tensor:
     return x if rows is ... else x[rows]
 
 
-def _values(x: Tensor, *fields: Any) -> Tensor:
-    return Setting(*fields).fake_quantized(x)
+def _values(x: Tensor, dtype: torch.dtype | None, softness: Tensor | None, *fields: Any) -> Tensor:
+    return replace(Setting(*fields), softness=softness).fake_quantized(x, dtype)
 
 
 def _gradients(grad: Tensor, x: Tensor, needs: Any, *fields: Any) -> tuple[Tensor | None, ...]:

@@ -13,7 +13,7 @@ MAX_FEATURES: Final = 1 << 17
 
 _CHUNK: Final = 1 << 17  # elements of the result that are scaled at a time: they then stay in the cache
 _WORTHWHILE: Final = 1.25  # how many times faster integers must be to be chosen; below, the measurement is noise
-_SAMPLE: Final = (512, 512, 512)  # tokens, inputs, outputs of the product that is timed
+_SAMPLE: Final = {"cpu": (512, 512, 512), "cuda": (2048, 2048, 2048)}  # tokens, inputs, outputs of the timed product
 _REPETITIONS: Final = 5
 _DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 _EXACT: Final[dict[str, bool]] = {}
@@ -105,7 +105,7 @@ def integers_are_exact(device: str) -> bool:
 
 
 def _try_extremes(device: str) -> bool:
-    extremes = torch.tensor([-128, -127, 1, 127], dtype=torch.int8)
+    extremes = torch.tensor([-128, -127, 1, 127], dtype=torch.int8, device="cpu")  # whatever the default device is
     a, b = extremes.repeat(8).unsqueeze(1).repeat(1, 64), extremes.repeat(2).unsqueeze(1).repeat(1, 64)
     try:
         found = integer_product(a.to(device), b.to(device))
@@ -142,7 +142,7 @@ def measure_integers() -> None:
 def _measure(device: str, dtype: torch.dtype) -> bool:
     if dtype not in _DTYPES or not integers_are_exact(device):
         return False
-    tokens, features, outputs = _SAMPLE
+    tokens, features, outputs = _SAMPLE[device]
     x, w = (torch.ones(n, features, device=device, dtype=dtype) for n in (tokens, outputs))
     a, b = (torch.ones(n, features, device=device, dtype=torch.int8) for n in (tokens, outputs))
     times = [

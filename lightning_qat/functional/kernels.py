@@ -1,5 +1,7 @@
-"""Elementwise parts compiled on their own, where asked for: one kernel each way instead of ten passes."""
+"""Elementwise parts compiled on their own, on GPUs or where asked for: one kernel each way instead of ten passes."""
 
+import functools
+import importlib.util
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,12 +13,16 @@ from torch import Tensor
 _log: Final = logging.getLogger(__name__)
 T = TypeVar("T")
 _COMPILED: Final[dict[Any, Callable[..., Any]]] = {}
-_STATE: Final[dict[str, str | None]] = {"backend": None}
+_AUTO: Final = "auto"
+_STATE: Final[dict[str, str | None]] = {"backend": _AUTO}
 
 
 @contextmanager
-def compiled_kernels(backend: str = "inductor") -> Iterator[None]:
+def compiled_kernels(backend: str | None = "inductor") -> Iterator[None]:
     """Compile the elementwise parts of fake quantization, forward and backward, inside; process-wide.
+
+    On CUDA devices this is so anyway where Triton is installed, and None keeps them to eager operations; on CPUs, where
+    compilation takes longer than it saves in a short run, it is to be asked for.
 
     A kernel is compiled when it is first needed, which takes seconds, and serves all shapes and all bit widths of a
     grid. Values and the gradients of values are those of the eager operations, bit for bit; the gradients of learned
@@ -24,7 +30,7 @@ def compiled_kernels(backend: str = "inductor") -> Iterator[None]:
     compiler works, a warning is logged once and everything is computed by the eager operations.
 
     Args:
-        backend: of ``torch.compile``.
+        backend: of ``torch.compile``, or None to compile nothing.
 
     Example::
 
@@ -39,24 +45,37 @@ def compiled_kernels(backend: str = "inductor") -> Iterator[None]:
         _STATE["backend"] = before
 
 
+def _backend(device: str) -> str | None:
+    backend = _STATE["backend"]
+    return _default(device) if backend == _AUTO else backend
+
+
+@functools.cache
+def _default(device: str) -> str | None:
+    """Return what compiles for a type of device without being asked."""
+    return "inductor" if device == "cuda" and importlib.util.find_spec("triton") is not None else None
+
+
 def wanted(x: Tensor, least: int) -> bool:
     """Whether a compiled kernel is to compute on a tensor of at least so many elements."""
-    return _STATE["backend"] is not None and x.numel() >= least and not torch.compiler.is_compiling()
+    return x.numel() >= least and not torch.compiler.is_compiling() and _backend(x.device.type) is not None
 
 
-def run(function: Callable[..., T], key: Any, *arguments: Any) -> T:
+def run(function: Callable[..., T], device: str, key: Any, *arguments: Any) -> T:
     """Call a function compiled; by itself where that fails.
 
     Args:
         function: fullgraph-compilable, without effect on its arguments.
-        key: what of the arguments is compiled in; one compilation for each.
+        device: type of the device that it runs on.
+        key: what else is compiled in; one compilation for each.
         *arguments: tensors of any size, and what the key describes.
     """
-    backend = _STATE["backend"]
+    backend = _backend(device)
     if backend is None:
         return function(*arguments)
-    key = (function, backend, key)
+    key = (function, backend, device, key)
     if key not in _COMPILED:
+        _log.debug("Compiling %s for %s", function.__name__, device)
         _COMPILED[key] = torch.compile(function, fullgraph=True, dynamic=True, backend=backend)
     try:
         with torch.no_grad():

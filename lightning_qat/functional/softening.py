@@ -12,7 +12,7 @@ from lightning_qat.functional.points import Rounding
 @functools.lru_cache(maxsize=64)
 def _flat(softness: float, half_cell: float) -> float:
     """Return how much of a slope lies below its level, in the numbers of float32 tensors."""
-    return float(half_cell * (1 / torch.tensor(softness, dtype=torch.float32) - 1))
+    return float(half_cell * (1 / torch.tensor(softness, dtype=torch.float32, device="cpu") - 1))
 
 
 def soft_levels_(

@@ -38,7 +38,7 @@ class _WeightOnlyLinear(torch.autograd.Function):
         shared = needs[0] and needs[1] and not needs[3] and known is None and setting.only_clips  # weight / scale
         if shared:
             grad_weight = weight_gradient(rows, x, weight)
-            known = _for_product(setting.clip_(grad_weight, weight), grad.dtype)
+            known = _flat(cast(setting.clip_(grad_weight, weight), grad.dtype))
         if needs[0]:
             grad_x = cast(grad @ (product_weight(setting, weight, grad.dtype) if known is None else known), ctx.x_dtype)
         if (needs[1] or needs[3]) and not shared:
@@ -77,11 +77,11 @@ def fits(setting: Setting) -> bool:
 
 def product_weight(setting: Setting, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the fake-quantized values of a weight as a float product takes them, [outputs, features] in a dtype."""
-    return _for_product(setting.fake_quantized(weight), dtype)
+    return _flat(setting.fake_quantized(weight, dtype))
 
 
-def _for_product(values: Tensor, dtype: torch.dtype) -> Tensor:
-    return cast(values if values.dim() == 2 else values.flatten(1), dtype)
+def _flat(values: Tensor) -> Tensor:
+    return values if values.dim() == 2 else values.flatten(1)
 
 
 def weight_gradient(rows: Tensor, x: Tensor, weight: Tensor) -> Tensor:

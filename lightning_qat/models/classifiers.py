@@ -6,7 +6,7 @@ from typing import final
 
 import lightning as L
 import torch.nn.functional as F
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -65,7 +65,7 @@ class AbstractClassifier(L.LightningModule, ABC):
         probabilities: Tensor = self(batch[0]).softmax(dim=-1)
         return probabilities
 
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return AdamW with warm-up and cosine, stepped at every optimizer step."""
         return adamw_with_cosine(
             self,

@@ -7,7 +7,7 @@ from typing import Any, final
 
 import lightning as L
 import torch.nn.functional as F
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
@@ -103,7 +103,7 @@ class AbstractLanguageModel(L.LightningModule, ABC):
         self.log("train_loss", loss, prog_bar=True)
         return loss
 
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return AdamW with warm-up and cosine, stepped at every optimizer step."""
         return adamw_with_cosine(
             self,

@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -63,7 +63,7 @@ def warmup_cosine(step: int, *, num_steps: int, num_warmup: int) -> float:
 
 def adamw_with_cosine(
     module: L.LightningModule, *, learning_rate: float, weight_decay: float, warmup_fraction: float
-) -> OptimizerLRSchedulerConfig:
+) -> OptimizerLRScheduler:
     """Return what ``configure_optimizers`` gives: AdamW and `warmup_cosine` over all steps, stepped at each of them.
 
     Args:

@@ -1,8 +1,9 @@
 """Kernels compiled on their own: the numbers of eager mode, few compilations, and a way on without a compiler."""
 
-import importlib
+import importlib.util
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -68,7 +69,38 @@ def test_only_inside_and_not_without_a_gradient_to_compute() -> None:
     with compiled_kernels("aot_eager"):
         results(quantizer, x)
     assert len(kernels._COMPILED) == 1
-    assert kernels._STATE["backend"] is None
+    results(quantizer, x)
+    assert len(kernels._COMPILED) == 1
+
+
+def test_without_being_asked_where_that_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_default", lambda device: {"cpu": "aot_eager"}[device])
+    quantizer, x = FakeQuantizer(SPECS["learned"], (12, 8)), torch.randn(12, 8)
+    with compiled_kernels(None):
+        expected = results(quantizer, x)
+    assert not kernels._COMPILED
+    torch.testing.assert_close(results(quantizer, x), expected)
+    assert len(kernels._COMPILED) == 2
+
+
+def test_default_of_devices() -> None:
+    kernels._default.cache_clear()
+    assert kernels._default("cpu") is None
+    assert kernels._default("cuda") == ("inductor" if importlib.util.find_spec("triton") else None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_soft_values_in_the_dtype_of_a_product(dtype: torch.dtype) -> None:
+    """A softness is a number on CPUs, where it is read anyway, and a tensor elsewhere."""
+    quantizer, x = FakeQuantizer(SPECS["learned"], (12, 8)), torch.randn(12, 8)
+    setting = quantizer.detached_setting(x)[1]
+    expected = replace(setting, softness=0.25).fake_quantized(x, dtype)
+    with compiled_kernels("aot_eager"):
+        found = replace(setting, softness=torch.tensor(0.25)).fake_quantized(x, dtype)
+    assert len(kernels._COMPILED) == 1
+    assert found.dtype == dtype
+    assert not torch.equal(found, setting.fake_quantized(x, dtype))
+    torch.testing.assert_close(found, expected)
 
 
 def test_goes_on_without_a_compiler(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
