@@ -109,8 +109,8 @@ class Model(nn.Module):
     def compile_regions(self) -> None:
         """Compile every block by itself, which is one compilation, since they share their code; and the loss."""
         for block in self.blocks:
-            block.compile(fullgraph=True)
-        self.loss = torch.compile(self.loss, fullgraph=True)  # type: ignore[method-assign]
+            block.compile()
+        self.loss = torch.compile(self.loss)  # type: ignore[method-assign]
 
 
 def soften(model: nn.Module, softness: float) -> None:

@@ -13,7 +13,8 @@ than one thread, that is not wall time.
 Where weights alone are quantized, the time that this adds does not depend on the number of tokens: with one token (a
 batch of one, a sequence of one) the products are small, and the difference of the fastest steps tells it from noise.
 
-A model runs eagerly, eagerly with ``compiled_kernels()``, with every block compiled by itself, or compiled as a whole.
+A model runs eagerly, eagerly with or without compiled kernels (CPUs have none by themselves, GPUs do), with every block
+compiled by itself, or compiled as a whole.
 
 A softness is that of weights while ``GradualQuantization`` lets their rounding set in.
 """
@@ -105,7 +106,8 @@ def step_times(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             model.compile_regions()
         forward = torch.compile(model, fullgraph=True) if arguments.mode == "compiled" else model
         runs[name] = training_step(model, batches, arguments.precision, forward)
-    with compiled_kernels() if arguments.mode == "kernels" else nullcontext():
+    kernels = {"kernels": compiled_kernels(), "operations": compiled_kernels(None)}
+    with kernels.get(arguments.mode, nullcontext()):
         pairs = measure(runs, arguments.device, budget=arguments.seconds, least=arguments.repetitions)
     return rows_of(pairs)
 
@@ -135,7 +137,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=SHAPES, default="S")
     parser.add_argument("--precision", choices=("fp32", "bf16-mixed"), default="fp32")
-    parser.add_argument("--mode", choices=("eager", "kernels", "regions", "compiled"), default="eager")
+    parser.add_argument("--mode", choices=("eager", "kernels", "operations", "regions", "compiled"), default="eager")
     parser.add_argument("--micro-batches", type=int, default=1)
     parser.add_argument("--one-token", action="store_true", help="a batch and a sequence of one")
     parser.add_argument("--softness", type=float, help="of the rounding of weights, in (0, 1]")
