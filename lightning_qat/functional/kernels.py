@@ -14,6 +14,7 @@ _log: Final = logging.getLogger(__name__)
 T = TypeVar("T")
 _COMPILED: Final[dict[Any, Callable[..., Any]]] = {}
 _AUTO: Final = "auto"
+_UNASKED: Final = 1 << 23  # elements from which on a kernel is compiled without being asked for
 _STATE: Final[dict[str, str | None]] = {"backend": _AUTO}
 
 
@@ -21,8 +22,9 @@ _STATE: Final[dict[str, str | None]] = {"backend": _AUTO}
 def compiled_kernels(backend: str | None = "inductor") -> Iterator[None]:
     """Compile the elementwise parts of fake quantization, forward and backward, inside; process-wide.
 
-    On CUDA devices this is so anyway where Triton is installed, and None keeps them to eager operations; on CPUs, where
-    compilation takes longer than it saves in a short run, it is to be asked for.
+    On CUDA devices, large tensors are computed so anyway where Triton is installed (None keeps them, too, to eager
+    operations): from 8 million elements on, where memory takes longer than the call of a compiled function. On CPUs,
+    compilation takes longer than it saves in a short run.
 
     A kernel is compiled when it is first needed, which takes seconds, and serves all shapes and all bit widths of a
     grid. Values and the gradients of values are those of the eager operations, bit for bit; the gradients of learned
@@ -45,11 +47,6 @@ def compiled_kernels(backend: str | None = "inductor") -> Iterator[None]:
         _STATE["backend"] = before
 
 
-def _backend(device: str) -> str | None:
-    backend = _STATE["backend"]
-    return _default(device) if backend == _AUTO else backend
-
-
 @functools.cache
 def _default(device: str) -> str | None:
     """Return what compiles for a type of device without being asked."""
@@ -58,7 +55,10 @@ def _default(device: str) -> str | None:
 
 def wanted(x: Tensor, least: int) -> bool:
     """Whether a compiled kernel is to compute on a tensor of at least so many elements."""
-    return x.numel() >= least and not torch.compiler.is_compiling() and _backend(x.device.type) is not None
+    if x.numel() < least or torch.compiler.is_compiling():
+        return False
+    backend = _STATE["backend"]
+    return backend is not None and (backend != _AUTO or (x.numel() >= _UNASKED and bool(_default(x.device.type))))
 
 
 def run(function: Callable[..., T], device: str, key: Any, *arguments: Any) -> T:
@@ -70,7 +70,7 @@ def run(function: Callable[..., T], device: str, key: Any, *arguments: Any) -> T
         key: what else is compiled in; one compilation for each.
         *arguments: tensors of any size, and what the key describes.
     """
-    backend = _backend(device)
+    backend = _default(device) if _STATE["backend"] == _AUTO else _STATE["backend"]
     if backend is None:
         return function(*arguments)
     key = (function, backend, device, key)

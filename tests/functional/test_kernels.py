@@ -75,12 +75,17 @@ def test_only_inside_and_not_without_a_gradient_to_compute() -> None:
 
 def test_without_being_asked_where_that_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_default", lambda device: {"cpu": "aot_eager"}[device])
+    monkeypatch.setattr(kernels, "_UNASKED", 96)
     quantizer, x = FakeQuantizer(SPECS["learned"], (12, 8)), torch.randn(12, 8)
     with compiled_kernels(None):
         expected = results(quantizer, x)
     assert not kernels._COMPILED
     torch.testing.assert_close(results(quantizer, x), expected)
     assert len(kernels._COMPILED) == 2
+    kernels._COMPILED.clear()
+    monkeypatch.setattr(kernels, "_UNASKED", 97)
+    results(quantizer, x)
+    assert not kernels._COMPILED
 
 
 def test_default_of_devices() -> None:
