@@ -15,7 +15,9 @@ FOLLOWS: Final = "follows"
 MULTIPLIER: Final = "lr_multiplier"
 METHOD: Final = "add_param_group"
 _DECAYS: Final = ("weight_decay", "lambd")  # the second is ASGD's
-_ALL: Final[tuple[Kind, ...]] = ("weights", "scales", "temperatures")
+_ALL: Final[tuple[Kind, ...]] = ("weights", "scales", "temperatures", "others")
+_LEARNED: Final = ("scales", "temperatures")
+"""What belongs to quantizers: it comes last, and does not decay unless it is told to."""
 _REST: Final = -1
 
 
@@ -39,7 +41,7 @@ class Made(NamedTuple):
 
 @final
 class GroupSplitter:
-    """Splits parameter groups so that parameters of quantizers, and weights that a group matches, have their own.
+    """Splits parameter groups so that parameters of quantizers, and all that a group matches, have their own.
 
     Args:
         model: the prepared model.
@@ -143,9 +145,9 @@ class GroupSplitter:
             still = {}
         rest = {**group, "params": parts[_REST]}
         made = []
-        for index in sorted(parts.keys() - {_REST}, key=lambda i: (self.groups[i].kind != "weights", i)):
+        for index in sorted(parts.keys() - {_REST}, key=lambda i: (self.groups[i].kind in _LEARNED, i)):
             new = {**group, "params": parts[index], "name": f"{group.get('name', name)}{self.suffix(index)}"}
-            new |= still if self.groups[index].kind != "weights" else {}
+            new |= still if self.groups[index].kind in _LEARNED else {}
             made.append(self._with_options(new, rest, index, defaults))
         return rest, made
 
@@ -157,7 +159,7 @@ class GroupSplitter:
         wanted = self.groups[index]
         multiplier, option = wanted.lr_multiplier, f"{wanted.label}: lr_multiplier"
         if multiplier is None:
-            multiplier, option = (1.0 if wanted.kind == "weights" else self.lr_multiplier), "scale_lr_multiplier"
+            multiplier, option = (self.lr_multiplier if wanted.kind in _LEARNED else 1.0), "scale_lr_multiplier"
         lr = new.get("lr", defaults.get("lr"))
         if multiplier != 1.0:
             if lr is None:

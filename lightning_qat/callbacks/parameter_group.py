@@ -1,4 +1,4 @@
-"""ParameterGroup: learning rate and weight decay of quantized weights, scales or temperatures, chosen by glob."""
+"""ParameterGroup: learning rate and weight decay of quantized weights, scales or all else, chosen by glob."""
 
 import fnmatch
 from collections.abc import Iterator
@@ -10,12 +10,13 @@ from torch import nn
 from lightning_qat.conversion.view import INPUT_QUANTIZER, QUANTIZER_SUFFIX, adapter, latent, view_names
 from lightning_qat.quantization.quantizer import FakeQuantizer
 
-Kind: TypeAlias = Literal["weights", "scales", "temperatures"]
+Kind: TypeAlias = Literal["weights", "scales", "temperatures", "others"]
 _KINDS: Final[dict[str, Kind]] = {"scale": "scales", "temperature": "temperatures"}
 _MISSING: Final[dict[Kind, str]] = {
     "weights": "no layer of the model is quantized",
     "scales": "no quantizer of the recipe has scale=Learned(), which has scales that train",
     "temperatures": "no quantizer of the recipe has gradient=LearnedSoft(), which has a temperature that trains",
+    "others": "the model has no parameters but weights of quantized layers and what their quantizers learn",
 }
 _WRAPPERS: Final = frozenset(["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"])
 
@@ -23,7 +24,7 @@ _WRAPPERS: Final = frozenset(["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_
 @final
 @dataclass(frozen=True)
 class ParameterGroup:
-    """How an optimizer trains the quantized weights, the learned scales or the learned temperatures of some layers.
+    """How an optimizer trains the quantized weights, the learned scales or temperatures of some layers, or the others.
 
     Of several groups of a kind the first that matches a parameter decides alone. Its values win over those of the
     user's optimizer group that the parameter came in.
@@ -32,11 +33,12 @@ class ParameterGroup:
         match: glob over dotted names of layers or of parameters, such as ``"*.attention.*"``, ``"head"`` or, for the
             scales of inputs alone, ``"*.input_quantizer.scale"``; ``*`` also matches dots. A shared parameter matches
             by any of its names.
-        kind: ``"weights"`` (latent weights of quantized layers; not biases, norms, layers in float), ``"scales"`` or
-            ``"temperatures"`` (of ``LearnedSoft``).
+        kind: ``"weights"`` (latent weights of quantized layers), ``"scales"``, ``"temperatures"`` (of ``LearnedSoft``)
+            or ``"others"`` (all that is in float: biases, norms, embeddings, layers that are not quantized). A short
+            training at few levels gains much where these move faster: see ``benchmarks/README.md``.
         lr_multiplier: learning rate relative to that of the user's optimizer group, positive; schedulers scale both.
-            None: 1 for weights, the callback's ``scale_lr_multiplier`` for scales and temperatures.
-        weight_decay: 0 or more, not relative. None: that of the user's group for weights, 0 for scales and
+            None: 1 for weights and others, the callback's ``scale_lr_multiplier`` for scales and temperatures.
+        weight_decay: 0 or more, not relative. None: that of the user's group for weights and others, 0 for scales and
             temperatures.
 
     Raises:
@@ -130,6 +132,11 @@ def _members(model: nn.Module) -> _Members:
         path = [part for part in name.split(".") if part and part not in _WRAPPERS]
         for kind, layer, key, parameter in _own(module, path):
             found.setdefault(id(parameter), (kind, []))[1].extend((".".join(layer), ".".join([*path, key])))
+    quantized = set(found)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) not in quantized:
+            path = [part for part in name.split(".") if part not in _WRAPPERS]
+            found.setdefault(id(parameter), ("others", []))[1].extend((".".join(path[:-1]), ".".join(path)))
     return found
 
 

@@ -107,6 +107,6 @@ def integer_dtype(module: nn.Module, x: Tensor) -> torch.dtype | None:
     """
     if not isinstance(module._modules.get(BAKED_INPUT), BakedInput) or torch.compiler.is_exporting():
         return None
-    dtypes = vars(module).get(INTEGER_DTYPES, ())
+    dtypes = module.__dict__.get(INTEGER_DTYPES, ())
     dtype = product_dtype(module, x) if dtypes else None
     return dtype if dtype in dtypes else None

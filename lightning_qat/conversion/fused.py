@@ -162,7 +162,7 @@ def runs_on_integers(module: nn.Module, device: str, dtype: torch.dtype) -> bool
         device: type of the device, such as ``"cpu"``.
         dtype: dtype of the product otherwise.
     """
-    arithmetic = vars(module).get(ARITHMETIC, "simulated")
+    arithmetic = module.__dict__.get(ARITHMETIC, "simulated")
     if arithmetic == "simulated" or float_reason(module) is not None:
         return False
     if arithmetic == "integer":

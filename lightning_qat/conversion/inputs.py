@@ -27,7 +27,7 @@ def in_forward(module: nn.Module) -> bool:
     if not module._forward_pre_hooks:
         return False
     last = [*module._forward_pre_hooks.values()][-1]
-    return last is quantize_inputs and hasattr(type(module), FUSED) and "forward" not in vars(module)
+    return last is quantize_inputs and hasattr(type(module), FUSED) and "forward" not in module.__dict__
 
 
 def on_inputs(

@@ -19,6 +19,7 @@ from lightning_qat import (
     QuantizerSpec,
     Recipe,
     Rule,
+    add_lora,
     prepare,
     recipes,
 )
@@ -181,6 +182,36 @@ def test_the_first_group_that_matches_decides_alone() -> None:
         ({"0.weight"}, 0.05, DECAY),
         ({"0.weight_quantizer.scale", "2.weight_quantizer.scale"}, 0.1, 0.0),
     ]
+
+
+def test_others_are_all_that_is_in_float() -> None:
+    """Biases, norms, embeddings, layers that are left out, wherever the user put them; they decay as they did."""
+    model = nn.Sequential(nn.Embedding(3, 4), nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+    prepare(model, Recipe((Rule("3", None), *recipes.int4().rules)))
+    wanted = (
+        ParameterGroup("2", kind="others", weight_decay=0.0),
+        ParameterGroup(kind="others", lr_multiplier=4.0),
+        ParameterGroup(kind="scales", lr_multiplier=0.5),
+    )
+    with separate_scales(model, groups=wanted):
+        optimizer = optim.AdamW(model.parameters(), lr=0.5, weight_decay=DECAY)
+    assert found_groups(model, optimizer) == [
+        ({"1.weight"}, 0.5, DECAY),
+        ({"2.weight", "2.bias"}, 0.5, 0.0),
+        ({"0.weight", "1.bias", "3.weight", "3.bias"}, 2.0, DECAY),
+        ({"1.weight_quantizer.scale"}, 0.25, 0.0),
+    ]
+    check_options(model, [optimizer], wanted)
+
+
+def test_adapters_are_no_others() -> None:
+    model = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4, bias=False), nn.Linear(4, 4))
+    prepare(model, recipes.int4())
+    add_lora(model, rank=2)
+    with separate_scales(model, groups=(ParameterGroup(kind="others", lr_multiplier=2.0),)):
+        optimizer = optim.SGD([p.requires_grad_() for p in model.parameters()], 1.0)
+    faster = [names_of(model, group) for group in optimizer.param_groups if group["lr"] == 2.0]
+    assert faster == [{"0.weight", "0.bias", "2.bias"}]
 
 
 def test_temperatures_have_rates_of_their_own() -> None:
@@ -384,6 +415,7 @@ def test_backbones_that_thaw_later() -> None:
     [
         (ParameterGroup("*.attn.*", kind="weights"), "no layer with weights matches; there are 'first', 'head'"),
         (ParameterGroup(kind="temperatures"), r"no quantizer of the recipe has gradient=LearnedSoft\(\)"),
+        (ParameterGroup("third", kind="others"), "no layer with others matches; there are 'first', 'head'"),
         ((ParameterGroup("*", kind="weights"), FIRST), r"all that it matches is taken by an earlier one, .*\('\*'"),
     ],
 )
