@@ -61,7 +61,6 @@ _gptq = partial(GPTQ, forward=call_module)
 _SET_IN = partial(GradualQuantization, most_levels=4)
 _OTHERS = ParameterGroup(kind="others", lr_multiplier=4.0)
 OURS, TEACHER, AFTER_TRAINING = "ours", " + teacher", "after training"
-_FASTER = (OURS, "ours, without teacher")  # where all that is in float learns faster than the weights
 LEARNED = "learned scale"
 """Ours, with a scale that is learned in the place of one that follows the weights: what recipes had, and peers have."""
 ABLATIONS: dict[str, Callable[[Any], list[Any]]] = {
@@ -183,7 +182,7 @@ def _callbacks(method: str, width: str, module: L.LightningModule, mask: TargetM
         return [QATCallback(_but_head(with_learned_scale(recipes.named(width)), module)), *same[1:]]
     if method.startswith(AFTER_TRAINING):
         return [QATCallback(_but_head(_after_training(width, search="absmax" not in method), module))]
-    groups = [_OTHERS] if method in _FASTER else []
+    groups = [_OTHERS] if method == OURS else []  # ablations are without
     ours = method.startswith(OURS)
     converting = [QATCallback(_but_head(recipes.named(width), module), groups=groups)] if ours else []
     if method == OURS:

@@ -24,9 +24,9 @@ _LIKE_ADAM: Final = 0.2
 """Root mean square of what Adam-like optimizers move a weight by, in learning rates: arXiv:2502.16982 section 2.2."""
 
 _MATRIX: Final = 2
-_RATES: Final[dict[int, "float | Ramp"]] = {2: QuadraticRamp(0.0, start=3.0), 3: 2.0}
+_RATES: Final[dict[int, "float | Ramp"]] = {2: QuadraticRamp(0.0, start=2.5), 3: 2.0}
 """Of weights with so few levels, where no rate is given; 1 of others."""
-_SETTLING: Final = QuadraticRamp(0.0, start=4.0)
+_SETTLING: Final = QuadraticRamp(0.0, start=3.0)
 _SETTLING_LEVELS: Final = range(3, 9)
 """Numbers of levels at which weights move by ``_SETTLING`` whose scales are recomputed from them."""
 
@@ -54,8 +54,8 @@ class OrthogonalUpdates(pl.Callback):
 
     Args:
         rate: factor of the learning rate for these weights, positive, also as a ramp over the run. None: 2 for weights
-            of three levels, ``QuadraticRamp(0.0, start=3.0)`` for those of two levels, which do best when their signs
-            settle early, and 1 for others; where scales are recomputed ``QuadraticRamp(0.0, start=4.0)`` for 3 to 8
+            of three levels, ``QuadraticRamp(0.0, start=2.5)`` for those of two levels, which do best when their signs
+            settle early, and 1 for others; where scales are recomputed ``QuadraticRamp(0.0, start=3.0)`` for 3 to 8
             levels.
         momentum: of the gradients, in [0, 1).
         match: glob over dotted layer names.

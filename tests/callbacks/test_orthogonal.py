@@ -80,8 +80,8 @@ def test_steps_are_those_of_a_loop_by_hand(momentum: float, rate: float | Ramp, 
 @pytest.mark.parametrize(
     ("recipe", "rate"),
     [
-        (learned("ternary"), 2.0), (recipes.binary(), QuadraticRamp(0.0, start=3.0)), (learned("seq2"), 1.0),
-        *((recipes.named(name), QuadraticRamp(0.0, start=4.0)) for name in ("ternary", "seq2", "int2", "int3")),
+        (learned("ternary"), 2.0), (recipes.binary(), QuadraticRamp(0.0, start=2.5)), (learned("seq2"), 1.0),
+        *((recipes.named(name), QuadraticRamp(0.0, start=3.0)) for name in ("ternary", "seq2", "int2", "int3")),
     ],
 )  # fmt: skip
 def test_rates_of_few_levels(recipe: Recipe, rate: float | Ramp) -> None:
