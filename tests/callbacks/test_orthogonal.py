@@ -174,7 +174,7 @@ def test_weights_with_recomputed_scales_move_as_the_optimizer_moves_them(
 
 
 def test_those_of_few_levels_move_far_at_first() -> None:
-    given = {"rate": QuadraticRamp(0.0, start=4.0), "recomputed": True}
+    given = {"rate": QuadraticRamp(0.0, start=3.0), "recomputed": True}
     results = []
     for options in ({}, given, {"recomputed": False}):
         model, updates = Net(), OrthogonalUpdates(**options)  # type: ignore[arg-type]
