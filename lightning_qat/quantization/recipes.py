@@ -3,7 +3,8 @@
 How far they carry is measured in ``benchmarks/README.md``, with ``GPTQ()``, ``OrthogonalUpdates()``,
 ``GradualQuantization()`` and ``Distillation()`` beside them. What no recipe can set is the learning rate: from a
 trained float model a quarter of its highest rate served down to 3 bits, half of it at 2 and 1.58 bits, all of it at 1
-bit and for ``bitnet`` (AdamW, language model of bytes).
+bit and for ``bitnet`` (AdamW, language model of bytes); and four times that for all that is in float, by
+``ParameterGroup(kind="others", lr_multiplier=4.0)``.
 """
 
 import difflib
