@@ -78,14 +78,11 @@ class Sample:
 
     def largest(self) -> Tensor:
         """Return the largest absolute value of each group, NaN where there is one."""
-        compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-        if compiled and self.limits is None and self.values.numel() > 0:
-            if self.values.device.type != "cpu":  # one reduction, where there were two
-                return self.values.abs().amax(self.dims, keepdim=True)
-            if self.values.dtype == torch.float32:
-                # Magnitudes have the order of their bits, NaN the last: integers need no look for NaN at each step.
-                bits = self.values.view(torch.int32).bitwise_and(0x7FFFFFFF)
-                return bits.amax(self.dims, keepdim=True).view(torch.float32)
+        bare = self.limits is None and self.values.dtype == torch.float32 and self.values.device.type == "cpu"
+        if bare and torch.compiler.is_compiling() and not torch.compiler.is_exporting() and self.values.numel() > 0:
+            # Magnitudes have the order of their bits, NaN the last: integers need no look for NaN at each step.
+            bits = self.values.view(torch.int32).bitwise_and(0x7FFFFFFF)
+            return bits.amax(self.dims, keepdim=True).view(torch.float32)
         minimum, maximum = self.range()
         return torch.maximum(-minimum, maximum)
 
