@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any, final
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_qat.conversion.view import QUANTIZER_SUFFIX
-from lightning_qat.losses import hidden_state_mse
+from lightning_qat.losses import hidden_state_nmse
 
 
 @final
@@ -20,26 +21,49 @@ from lightning_qat.losses import hidden_state_mse
 class FeatureMatch:
     """Layers inside the model whose outputs follow the teacher's, too.
 
+    It pays where the outputs say little, because targets have hardly any noise: see ``benchmarks/README.md``.
+
     Args:
-        match: glob over dotted module names, such as ``"backbone.blocks.*.feedforward"``.
-        loss: function of (student, teacher) outputs, such as :func:`lightning_qat.losses.hidden_state_mse`; ``mask`` is
-            passed if it takes one. For :func:`lightning_qat.losses.attention_relation_loss` let ``select`` return the
-            sequence of tensors: ``select=lambda qkv: qkv.chunk(3, dim=-1)``.
+        match: glob over dotted module names, such as ``"backbone.blocks.*.feedforward"``. None: the blocks of the
+            model, by :func:`find_blocks`.
+        loss: function of (student, teacher) outputs, such as :func:`lightning_qat.losses.hidden_state_nmse`; ``mask``
+            is passed if it takes one. For :func:`lightning_qat.losses.attention_relation_loss` let ``select`` return
+            the sequence of tensors: ``select=lambda qkv: qkv.chunk(3, dim=-1)``.
         weight: factor of the mean over the matched layers, not negative.
         select: takes what to compare from an output; by default as :class:`Distillation` does.
 
     Raises:
+        TypeError: a match that is no text.
         ValueError: a negative weight.
+
+    Example:
+        >>> FeatureMatch().match is None, FeatureMatch("*.attention", weight=0.5).weight
+        (True, 0.5)
     """
 
-    match: str
-    loss: Callable[..., Tensor] = hidden_state_mse
+    match: str | None = None
+    loss: Callable[..., Tensor] = hidden_state_nmse
     weight: float = 1.0
     select: Callable[[Any], Any] | None = None
 
     def __post_init__(self) -> None:
+        """Check the arguments."""
+        if self.match is not None and not isinstance(self.match, str):
+            raise TypeError(f"FeatureMatch: match={self.match!r} is no glob over module names, such as '*.attention'")
         if not 0 <= self.weight < float("inf"):
             raise ValueError(f"FeatureMatch: weight={self.weight} is not allowed; choose a value that is not negative")
+
+    def find_layers(self, model: nn.Module) -> dict[str, nn.Module]:
+        """Return the layers of a model by name.
+
+        Raises:
+            ValueError: it has none that match, or no blocks.
+        """
+        if self.match is not None:
+            return find_layers(model, self.match, "FeatureMatch")
+        blocks = find_blocks(model)
+        rank_zero_info(f"Distillation: {len(blocks)} blocks follow the teacher's: {', '.join(blocks)}.")
+        return blocks
 
 
 @final
@@ -181,3 +205,33 @@ def find_layers(model: nn.Module, match: str, asked: str) -> dict[str, nn.Module
             f"candidates: {close_names(match, names)}"
         )
     return found
+
+
+def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the blocks of a model by name: what it repeats, in the order of its modules.
+
+    That is every entry with a matrix (a parameter of two dimensions or more) of its outermost ``nn.ModuleList`` or
+    ``nn.Sequential``; of a sequence, where two or more entries have one.
+
+    Raises:
+        ValueError: it has none.
+    """
+    blocks: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList | nn.Sequential) and not any(
+            f"{name}.".startswith(f"{b}.") for b in blocks
+        ):
+            prefix = f"{name}." if name else ""
+            entries = {f"{prefix}{key}": child for key, child in module.named_children() if _has_matrix(child)}
+            if len(entries) > (0 if isinstance(module, nn.ModuleList) else 1):
+                blocks |= entries
+    if not blocks:
+        raise ValueError(
+            f"Distillation: FeatureMatch() finds no blocks in {type(model).__name__}, neither an nn.ModuleList nor an "
+            f"nn.Sequential of layers; name what to match, FeatureMatch('<glob>'): there are {module_names(model)[:8]}"
+        )
+    return blocks
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    return any(parameter.dim() > 1 for parameter in module.parameters())

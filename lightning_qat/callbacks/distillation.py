@@ -17,7 +17,6 @@ from lightning_qat.callbacks.capture import (
     FeatureMatch,
     capturing,
     describe,
-    find_layers,
     find_module,
     find_tensor,
     module_names,
@@ -59,7 +58,7 @@ class Distillation(pl.Callback, ModuleHooks):
         mask: function of the batch that returns which positions count, `TargetMask`, `BatchMask` or
             ``lambda batch: next_token_mask(batch["labels"])``; by default all do, with a warning where the batch holds
             targets of -100.
-        features: layers inside the model that follow the teacher's, too.
+        features: layers inside the model that follow the teacher's, too; ``(FeatureMatch(),)`` for its blocks.
         reasoning: steps of reasoning that follow the teacher's, too; adds its own weight times its own loss.
         dtype: ``"same"`` as the student, or ``"bfloat16"`` to halve the teacher's memory.
 
@@ -130,7 +129,7 @@ class Distillation(pl.Callback, ModuleHooks):
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         if self.module:
             find_module(pl_module, self.module, "module")
-        self._layers = [find_layers(pl_module, feature.match, "FeatureMatch") for feature in self.features]
+        self._layers = [feature.find_layers(pl_module) for feature in self.features]
         self._reasoning_layer = {} if self.reasoning is None else self.reasoning.find_layer(pl_module)
         self.teacher.build(pl_module)
         missing = [name for name in self._inside() if not self.teacher.has(self._in_teacher(name))]

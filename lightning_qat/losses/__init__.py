@@ -24,6 +24,7 @@ from lightning_qat.losses.matching import (
     attention_relation_loss,
     hidden_state_cosine,
     hidden_state_mse,
+    hidden_state_nmse,
     merge_heads,
 )
 from lightning_qat.losses.reasoning import (
@@ -60,6 +61,7 @@ __all__ = [
     "grid_distance",
     "hidden_state_cosine",
     "hidden_state_mse",
+    "hidden_state_nmse",
     "jensen_shannon",
     "kinds_from_delimiters",
     "kl_divergence",

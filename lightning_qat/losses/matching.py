@@ -59,6 +59,42 @@ def hidden_state_mse(
     return masked_mean(feature_mean((projected - target).square().mean(-1), mask), mask)
 
 
+def hidden_state_nmse(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    mask: Tensor | None = None,
+    projection: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Return the mean squared difference of hidden states over the mean square of the teacher's: 0 equal, 1 nothing.
+
+    sum of (projection(student) - teacher)^2 / sum of teacher^2, over positions and features. It has no unit, so that
+    one weight serves layers, models and tasks whose states are of different size.
+
+    Args:
+        student: Hidden states `[..., features]`.
+        teacher: The same leading dimensions; gets no gradient.
+        mask: Boolean, 0 / 1 or weights >= 0, shaped like the leading dimensions of the states.
+        projection: Applied to the student's states first.
+
+    Returns:
+        A scalar >= 0, float32 or float64; 0 where the teacher's states are all zero or masked.
+
+    Raises:
+        ValueError: Shapes do not match after the projection.
+
+    Source: arXiv:1909.10351 (TinyBERT), eq. 8, here relative to the teacher: the inverse of a signal-to-noise ratio.
+
+    Example:
+        >>> hidden_state_nmse(torch.tensor([[3.0, 5.0]]), torch.tensor([[3.0, 4.0]]))
+        tensor(0.0400)
+    """
+    projected, target = _hidden_states(student, teacher, mask, projection)
+    error = masked_mean(feature_mean((projected - target).square().mean(-1), mask), mask)
+    size = masked_mean(feature_mean(target.square().mean(-1), mask), mask)
+    return error / torch.where(size > 0, size, torch.ones_like(size)) * (size > 0)
+
+
 def hidden_state_cosine(
     student: Tensor,
     teacher: Tensor,

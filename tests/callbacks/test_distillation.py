@@ -19,7 +19,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 
 import lightning_qat
-from lightning_qat import QATCallback, recipes
+from lightning_qat import QATCallback, prepare, recipes
 from lightning_qat.callbacks import Distillation, FeatureMatch, TargetMask
 from lightning_qat.losses import (
     attention_relation_loss,
@@ -29,8 +29,10 @@ from lightning_qat.losses import (
     next_token_mask,
     reverse_kl_divergence,
 )
+from lightning_qat.models import ConvNet, SequenceClassifier
 from tests.callbacks._models import (
     CLASSES,
+    HIDDEN,
     WIDTH,
     Net,
     StatefulLoader,
@@ -424,6 +426,66 @@ def test_layers_inside_follow_the_teacher() -> None:
     torch.testing.assert_close(model.first.weight.detach(), expected, rtol=1e-5, atol=1e-6)
 
 
+def blocks(*layers: nn.Module) -> nn.ModuleDict:
+    return nn.ModuleDict({"embedding": nn.Embedding(9, 4), "layers": nn.ModuleList(layers), "head": nn.Linear(4, 9)})
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (SequenceClassifier(num_layers=3), ["backbone.blocks.0", "backbone.blocks.1", "backbone.blocks.2"]),
+        (ConvNet(), ["blocks.0", "blocks.1", "blocks.2"]),
+        (nn.Sequential(nn.Conv1d(2, 3, 1), nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(4, 5)), ["0", "3"]),
+        (blocks(nn.TransformerEncoderLayer(4, 2)), ["layers.0"]),
+        (blocks(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))), ["layers.0"]),  # the outermost
+        (nn.ModuleDict({"body": nn.Sequential(blocks(nn.Linear(4, 4)), nn.Softmax(-1))}), ["body.0.layers.0"]),
+        (nn.Transformer(4, 2, 1, 2, 8, batch_first=True), ["encoder.layers.0", "decoder.layers.0", "decoder.layers.1"]),
+    ],
+    ids=["transformer", "convolutions", "sequence", "one", "nested", "lone entry", "encoder and decoder"],
+)
+def test_blocks_are_found(model: nn.Module, expected: list[str]) -> None:
+    assert list(FeatureMatch().find_layers(model)) == expected
+    prepare(model, recipes.int4())
+    assert list(FeatureMatch().find_layers(model)) == expected
+
+
+def test_blocks_follow_the_teacher() -> None:
+    """The mean over blocks of the relative error is logged, and what is added is its weight times that."""
+
+    class Deep(Net):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            torch.manual_seed(3)
+            self.layers = nn.ModuleList([nn.Linear(HIDDEN, HIDDEN), nn.Linear(HIDDEN, HIDDEN)])
+
+        def states(self, x: Tensor) -> list[Tensor]:
+            states = [self.first(x)]
+            for layer in self.layers:
+                states.append(layer(states[-1].relu()))
+            return states[1:]
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.head(self.states(x)[-1].relu())
+            return out
+
+    x, y = data(8).tensors
+    teacher = Deep(seed=7).requires_grad_(False).eval()
+    by_hand = Deep()
+    errors = [
+        (s - t).square().sum() / t.square().sum() for s, t in zip(by_hand.states(x), teacher.states(x), strict=True)
+    ]
+    loss = F.cross_entropy(by_hand(x), y) + reference_kl(by_hand(x), teacher(x), 1.0) + 0.7 * torch.stack(errors).mean()
+    loss.backward()
+    model = Deep(optimizer=sgd)
+    matching = Distillation(teacher, weight=1.0, features=(FeatureMatch(weight=0.7),))
+    fit(model, matching, train=StatefulLoader([[x, y]]))
+    for (name, after), before in zip(model.named_parameters(), by_hand.parameters(), strict=True):
+        assert before.grad is not None
+        torch.testing.assert_close(after, before - 0.1 * before.grad, rtol=1e-5, atol=1e-6, msg=name)
+    with pytest.raises(ValueError, match=r"FeatureMatch\(\) finds no blocks in Net.*there are \['first', 'head'\]"):
+        fit(Net(), Distillation(features=(FeatureMatch(),)))
+
+
 def test_relations_of_attention() -> None:
     class Attending(Net):
         def forward(self, x: Tensor) -> Tensor:
@@ -501,6 +563,8 @@ def test_losses_and_options() -> None:
         Distillation(3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"weight=-0.5 is not allowed"):
         FeatureMatch("*", weight=-0.5)
+    with pytest.raises(TypeError, match=r"FeatureMatch: match=\['a'\] is no glob"):
+        FeatureMatch(["a"])  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"mask='targets' is no function of the batch; pass TargetMask\('targets'\)"):
         Distillation(mask="targets")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"is no tuple of FeatureMatch; pass \(FeatureMatch\(\.\.\.\),\)"):

@@ -44,11 +44,14 @@ def test_hidden_state_values(masked: bool) -> None:
     keep = MASK.numpy() if masked else np.ones((2, 4), dtype=bool)
     s, t = student.numpy()[keep], teacher.numpy()[keep]
     assert losses.hidden_state_mse(student, teacher, mask=mask).item() == pytest.approx(((s - t) ** 2).mean())
+    relative = losses.hidden_state_nmse(student, teacher, mask=mask)
+    assert relative.item() == pytest.approx(((s - t) ** 2).sum() / (t**2).sum())
+    torch.testing.assert_close(losses.hidden_state_nmse(50 * student, 50 * teacher, mask=mask), relative)
     cosines = (s * t).sum(-1) / np.sqrt((s**2).sum(-1) * (t**2).sum(-1))
     assert losses.hidden_state_cosine(student, teacher, mask=mask).item() == pytest.approx((1 - cosines).mean())
 
 
-@pytest.mark.parametrize("name", ["hidden_state_mse", "hidden_state_cosine"])
+@pytest.mark.parametrize("name", ["hidden_state_mse", "hidden_state_nmse", "hidden_state_cosine"])
 def test_projection(name: str) -> None:
     loss = getattr(losses, name)
     student, _ = pair(2, 4, 3)
@@ -62,12 +65,26 @@ def test_projection(name: str) -> None:
         loss(student, teacher)
 
 
-@pytest.mark.parametrize("name", ["hidden_state_mse", "hidden_state_cosine"])
+@pytest.mark.parametrize("name", ["hidden_state_mse", "hidden_state_nmse", "hidden_state_cosine"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_hidden_state_gradients(name: str, masked: bool) -> None:
     student, teacher = pair(2, 4, 3)
     mask = MASK if masked else None
     assert torch.autograd.gradcheck(lambda x: getattr(losses, name)(x, teacher, mask=mask), (student.requires_grad_(),))
+
+
+def test_relative_error_of_nothing() -> None:
+    """A teacher that says nothing, and no positions at all: 0, and gradients that are finite."""
+    student = torch.ones(2, 3, requires_grad=True)
+    for teacher, mask in (
+        (torch.zeros(2, 3), None),
+        (torch.ones(2, 3), torch.zeros(2)),
+        (torch.zeros(2, 3), MASK[0, :2]),
+    ):
+        loss = losses.hidden_state_nmse(student, teacher, mask=mask)
+        (gradient,) = torch.autograd.grad(loss, student)
+        assert loss.item() == 0
+        torch.testing.assert_close(gradient, torch.zeros(2, 3), rtol=0, atol=0)
 
 
 def test_cosine_of_zero_vectors() -> None:
@@ -149,7 +166,7 @@ def test_merge_heads() -> None:
         losses.merge_heads(x[0])
 
 
-@pytest.mark.parametrize("name", ["hidden_state_mse", "hidden_state_cosine", "relations"])
+@pytest.mark.parametrize("name", ["hidden_state_mse", "hidden_state_nmse", "hidden_state_cosine", "relations"])
 def test_arithmetic_is_float32(name: str) -> None:
     """Under autocast the product of relations would run in bfloat16; 100 % of the bits of float32 are kept."""
 
@@ -165,7 +182,7 @@ def test_arithmetic_is_float32(name: str) -> None:
     torch.testing.assert_close(result.double(), loss(student.double(), teacher.double()), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("name", ["hidden_state_mse", "hidden_state_cosine", "relations"])
+@pytest.mark.parametrize("name", ["hidden_state_mse", "hidden_state_nmse", "hidden_state_cosine", "relations"])
 def test_the_teacher_gets_no_gradient(name: str) -> None:
     student, teacher = pair(1, 3, 4)
     student.requires_grad_()
