@@ -9,121 +9,35 @@ quantization by a method. The teacher is the float model as it was. Weights of a
 quantized, one scale per output channel (bitnet: per tensor). Figures are losses on the test data in nats; excess is the
 loss above the float reference of the same seed. Ours is ``QATCallback(recipe), GPTQ(), OrthogonalUpdates(),
 GradualQuantization(), Distillation()``, and at 3 bits and below ``groups=[ParameterGroup(kind="others",
-lr_multiplier=4.0)]``, the same for every task, with the defaults of the package; all was chosen on validation data.
+lr_multiplier=4.0)]`` and ``Distillation(features=(FeatureMatch(),))``, the same for every task, with the defaults of
+the package; all was chosen on validation data.
 """
 
 import argparse
-import copy
 import json
 import logging
-import math
-import statistics
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 
-from benchmarks.learned import with_learned_scale
-from benchmarks.output import machine
-from benchmarks.peers import PEERS, WEIGHT_BITS, parq
-from lightning_qat import (
-    GPTQ,
-    AbsMax,
-    Distillation,
-    GradualQuantization,
-    LayerSpec,
-    MinimumError,
-    OrthogonalUpdates,
-    ParameterGroup,
-    QATCallback,
-    QuantizerSpec,
-    Recipe,
-    Rule,
-    StraightThrough,
-    recipes,
+from benchmarks.accuracy_methods import (
+    AFTER_TRAINING,
+    WIDTHS,
+    applies,
+    callbacks_of,
+    methods,
+    without_teacher,
 )
-from lightning_qat.callbacks import TargetMask
-from lightning_qat.callbacks.running import call_module  # predict_step of the arithmetic task writes whole solutions
-from lightning_qat.data import ArithmeticData, DigitImages, DigitsData, TextData
-from lightning_qat.models import ArithmeticModel, ConvNet, LanguageModel, SequenceClassifier
-
-WIDTHS = (*WEIGHT_BITS, "seq2", "ternary_a8")
-AS_MANY_BITS = {"seq2": "int2", "ternary_a8": "bitnet"}
-"""Ours alone: half-integer levels; ternary weights with a scale per channel, inputs as those of bitnet."""
-BITS = {"int8": 8.0, "int4": 4.0, "int3": 3.0, "int2": 2.0, "ternary": 1.58, "binary": 1.0}
-_gptq = partial(GPTQ, forward=call_module)
-_SET_IN = partial(GradualQuantization, most_levels=4)
-_OTHERS = ParameterGroup(kind="others", lr_multiplier=4.0)
-_MANY_LEVELS = ("int8", "w8a8", "int4", "w4a8")  # there it brings nothing
-OURS, TEACHER, AFTER_TRAINING = "ours", " + teacher", "after training"
-LEARNED = "learned scale"
-"""Ours, with a scale that is learned in the place of one that follows the weights: what recipes had, and peers have."""
-ABLATIONS: dict[str, Callable[[Any], list[Any]]] = {
-    "ours, QATCallback alone": lambda mask: [],
-    "ours, with teacher": lambda mask: [Distillation(mask=mask)],
-    "ours, without teacher": lambda mask: [_gptq(), OrthogonalUpdates(), GradualQuantization()],
-    "ours, AdamW, rounding set in": lambda mask: [_gptq(), _SET_IN(), Distillation(mask=mask)],
-    "ours, AdamW, rounding set in, no teacher": lambda mask: [_gptq(), _SET_IN()],
-}
-LEARNED_TOO = [LEARNED, *(LEARNED + name.removeprefix(OURS) for name in ("ours, QATCallback alone", *ABLATIONS))]
-T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57}  # Student's t, two-sided, for so many seeds
-
-
-@dataclass(frozen=True)
-class Task:
-    """A model, its data and its budget.
-
-    Args:
-        model: builds it from the learning rate.
-        data: builds it from a seed, a batch size and a number of batches.
-        steps: of the float training; a third of them for all that follows.
-        batch_sizes: of the float training, and of all that follows.
-        learning_rate: the highest of the cosine schedule, in float.
-        mask: which positions have a target, where not all do.
-    """
-
-    model: Callable[..., L.LightningModule]
-    data: Callable[[int, int, int], L.LightningDataModule]
-    steps: int
-    batch_sizes: tuple[int, int]
-    learning_rate: float
-    mask: TargetMask | None = None
-
-
-def _text(seed: int, batch_size: int, num_batches: int) -> L.LightningDataModule:
-    return TextData(sequence_length=64, batch_size=batch_size, num_train_batches=num_batches, seed=seed)
-
-
-def _arithmetic(seed: int, batch_size: int, num_batches: int) -> L.LightningDataModule:
-    return ArithmeticData((1, 2), batch_size=batch_size, num_train=batch_size * num_batches, num_val=64, seed=seed)
-
-
-TASKS = {
-    "digits": Task(
-        partial(SequenceClassifier, 10, embed_dim=8, hidden_size=64, num_heads=4, num_layers=2, window_size=8),
-        lambda seed, batch_size, _: DigitsData(batch_size, seed=seed), 900, (64, 64), 3e-3,
-    ),
-    "images": Task(
-        partial(ConvNet, 10), lambda seed, batch_size, _: DigitImages(batch_size, seed=seed), 600, (64, 64), 1e-2
-    ),
-    "text": Task(
-        partial(LanguageModel, hidden_size=64, num_heads=4, num_layers=2, window_size=64), _text, 1500, (64, 16), 4e-3
-    ),
-    "arithmetic": Task(
-        partial(ArithmeticModel, hidden_size=64, num_heads=4, num_layers=2, window_size=42),
-        _arithmetic, 1500, (64, 32), 4e-3, TargetMask(),
-    ),
-}  # fmt: skip
-# Of the highest learning rate of the float training; the same for all methods. The best of 1/8 to 2 for plain LSQ
-# (learned scales, no teacher) on the validation data of the text; for the float reference, too.
-RATES = {"ternary": 0.5, "bitnet": 0.5, "ternary_a8": 0.5, "int2": 0.5, "seq2": 0.5, "binary": 1.0}
-RATE = 0.25
+from benchmarks.accuracy_report import plot, report
+from benchmarks.accuracy_tasks import RATE, RATES, TASKS, Task
+from benchmarks.output import machine
+from benchmarks.peers import PEERS, parq
+from lightning_qat import QATCallback
 
 
 def _module(task: Task, seed: int, rate: float, weight_decay: float) -> L.LightningModule:
@@ -131,7 +45,8 @@ def _module(task: Task, seed: int, rate: float, weight_decay: float) -> L.Lightn
     return task.model(learning_rate=rate * task.learning_rate, weight_decay=weight_decay)
 
 
-def _trainer(steps: int, callbacks: list[Any]) -> L.Trainer:
+def quiet_trainer(steps: int, callbacks: list[Any]) -> L.Trainer:
+    """Return a trainer on the CPU that shows and keeps nothing."""
     return L.Trainer(
         max_steps=steps, accelerator="cpu", callbacks=callbacks, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, gradient_clip_val=1.0, limit_val_batches=0,
@@ -141,16 +56,16 @@ def _trainer(steps: int, callbacks: list[Any]) -> L.Trainer:
 def _fit(task: Task, module: L.LightningModule, seed: int, stage: int, callbacks: list[Any]) -> None:
     L.seed_everything(seed, verbose=False)
     steps = (task.steps, task.steps // 3)[stage]
-    _trainer(steps, callbacks).fit(module, datamodule=task.data(seed, task.batch_sizes[stage], steps))
+    quiet_trainer(steps, callbacks).fit(module, datamodule=task.data(seed, task.batch_sizes[stage], steps))
 
 
 def _evaluate(task: Task, module: L.LightningModule, callbacks: list[Any]) -> dict[str, float]:
     converting = [each for each in callbacks if isinstance(each, QATCallback)]
-    found = _trainer(1, converting).test(module, datamodule=task.data(0, 64, 1), verbose=False)[0]
+    found = quiet_trainer(1, converting).test(module, datamodule=task.data(0, 64, 1), verbose=False)[0]
     return {name.removeprefix("test_"): float(value) for name, value in found.items()}
 
 
-def _float_model(task: Task, name: str, width: str, seed: int, folder: Path) -> L.LightningModule:
+def float_model(task: Task, name: str, width: str, seed: int, folder: Path) -> L.LightningModule:
     """Return the float model of a seed, ready to go on from; trained at the first call."""
     path = folder / f"{name}{seed}_{task.steps}.pt"
     if not path.is_file():
@@ -162,43 +77,12 @@ def _float_model(task: Task, name: str, width: str, seed: int, folder: Path) -> 
     return module
 
 
-def _but_head(recipe: Recipe, module: L.LightningModule) -> Recipe:
-    return Recipe((Rule("head", None), *recipe.rules)) if hasattr(module, "head") else recipe
-
-
-def _after_training(width: str, *, search: bool) -> Recipe:
-    """Return round to nearest: the grid of a recipe, scales by absolute maximum or least error."""
-    spec = recipes.named(width).rules[0].spec
-    assert spec is not None
-    assert spec.weight is not None
-    weight = QuantizerSpec(
-        spec.weight.grid, spec.weight.granularity, MinimumError() if search else AbsMax(), StraightThrough()
-    )
-    return Recipe((Rule("*", LayerSpec(weight, spec.input)),))
-
-
-def _callbacks(method: str, width: str, module: L.LightningModule, mask: TargetMask | None) -> list[Any]:
-    if method.startswith(LEARNED):
-        same = _callbacks(OURS + method.removeprefix(LEARNED), width, module, mask)
-        return [QATCallback(_but_head(with_learned_scale(recipes.named(width)), module)), *same[1:]]
-    if method.startswith(AFTER_TRAINING):
-        return [QATCallback(_but_head(_after_training(width, search="absmax" not in method), module))]
-    groups = [_OTHERS] if method == OURS and width not in _MANY_LEVELS else []  # ablations are without
-    ours = method.startswith(OURS)
-    converting = [QATCallback(_but_head(recipes.named(width), module), groups=groups)] if ours else []
-    if method == OURS:
-        return [*converting, *ABLATIONS["ours, without teacher"](mask), Distillation(mask=mask)]
-    if method in ABLATIONS:
-        return [*converting, *ABLATIONS[method](mask)]
-    return [Distillation(copy.deepcopy(module), mask=mask)] if method.endswith(TEACHER) else converting
-
-
 def run(name: str, width: str, method: str, seed: int, folder: Path) -> dict[str, float]:
     """Return the test metrics of one training."""
     task = TASKS[name]
-    module = _float_model(task, name, width, seed, folder)
-    callbacks = _callbacks(method, width, module, task.mask)
-    peer = PEERS.get(method.removesuffix(TEACHER))
+    module = float_model(task, name, width, seed, folder)
+    callbacks = callbacks_of(method, width, module, task.mask)
+    peer = PEERS.get(without_teacher(method))
     if peer is not None:
         if peer.convert is None:
             parq(module, width)
@@ -217,118 +101,6 @@ def _example(task: Task) -> torch.Tensor:
     return example
 
 
-def methods(width: str) -> list[str]:
-    """Return what is compared at a width; ``float`` stands for no quantization."""
-    if width == "float":
-        return ["float", f"float{TEACHER}"]
-    peers = [name for name, peer in PEERS.items() if width in peer.widths and peer.installed]
-    return [
-        AFTER_TRAINING,
-        f"{AFTER_TRAINING}, absmax",
-        *peers,
-        "ours, QATCallback alone",
-        "ours, without teacher",
-        OURS,
-    ]
-
-
-def summary(values: list[float]) -> tuple[float, float]:
-    """Return the mean and half of its 95 % confidence interval."""
-    if len(values) < 2:
-        return values[0], math.nan
-    return statistics.fmean(values), T_95[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
-
-
-def excess(results: dict[str, Any], task: str, width: str, method: str) -> list[float]:
-    """Return the losses above the float reference, by seed."""
-    own = results.get(f"{task}/{width}/{method}", {})
-    reference = results.get(f"{task}/float/float", {})
-    return [own[seed]["loss"] - reference[seed]["loss"] for seed in sorted(own) if seed in reference]
-
-
-def table(results: dict[str, Any], task: str) -> list[dict[str, str]]:
-    """Return a row for each method and a column for each width: excess loss and half its 95 % interval."""
-    found: dict[str, dict[str, str]] = {}
-    for width in WIDTHS:
-        taught = [f"{peer}{TEACHER}" for peer in PEERS]
-        after = [AFTER_TRAINING, f"{AFTER_TRAINING}, absmax"]
-        for method in [*methods("float"), *after, *PEERS, *taught, *LEARNED_TOO, *ABLATIONS, OURS]:
-            values = excess(results, task, width, method)
-            if values:
-                mean, half = summary(values)
-                found.setdefault(method, {"method": method})[width] = f"{mean:.4f} ± {half:.4f}"
-    return list(found.values())
-
-
-def comparison(results: dict[str, Any], task: str) -> list[dict[str, str]]:
-    """Return a row for each width: the best peer, ours, and what ours recovers of the loss of rounding alone."""
-    rows = []
-    for width in WIDTHS:
-        same = AS_MANY_BITS.get(width, width)
-        peers = {name: values for name in PEERS if (values := excess(results, task, same, name))}
-        own, after = excess(results, task, width, OURS), excess(results, task, same, AFTER_TRAINING)
-        if not peers or not own or not after:
-            continue
-        best = min(peers, key=lambda name: statistics.fmean(peers[name]))
-        pairs = [ours - peer for ours, peer in zip(own, peers[best], strict=True)]
-        ours, peer = statistics.fmean(own), statistics.fmean(peers[best])
-        rows.append(
-            {
-                "width": width, "best peer": best, "excess": f"{peer:.4f}", "ours": f"{ours:.4f}",
-                "paired": "{:+.4f} ± {:.4f}".format(*summary(pairs)), "ratio": f"{ours / peer:.2f}",
-                "recovered": f"{1 - ours / statistics.fmean(after):.1%}",
-            }
-        )  # fmt: skip
-    return rows
-
-
-def show(columns: list[str], rows: list[dict[str, str]]) -> None:
-    """Print a table in Markdown."""
-    for line in (columns, ["---"] * len(columns), *([row.get(c, "") for c in columns] for row in rows)):
-        print("| " + " | ".join(line) + " |")
-
-
-def report(results: dict[str, Any]) -> None:
-    """Print two tables for each task."""
-    for task in TASKS:
-        rows = table(results, task)
-        if not rows:
-            continue
-        reference = [entry["loss"] for entry in results[f"{task}/float/float"].values()]
-        print(f"\n{task}: excess loss (float, same budget: {statistics.fmean(reference):.4f})\n")
-        show(["method", *(width for width in WIDTHS if any(width in row for row in rows))], rows)
-        print()
-        against = comparison(results, task)
-        show(list(against[0]) if against else [], against)
-
-
-def plot(results: dict[str, Any], path: Path) -> None:
-    """Draw excess loss against the bits of a weight: ours, the peers, post-training; not of tasks that saturate."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    tasks = [task for task in ("text", "arithmetic") if table(results, task)]
-    figure, axes = plt.subplots(1, len(tasks), figsize=(5.5 * len(tasks), 4), layout="constrained", squeeze=False)
-    for axis, task in zip(axes[0], tasks, strict=True):
-        for number, method in enumerate([AFTER_TRAINING, *PEERS, "ours, QATCallback alone", OURS]):
-            means = {w: statistics.fmean(v) for w in BITS if (v := excess(results, task, w, method))}
-            style = {"linewidth": 2.5, "color": "black", "zorder": 3} if method == OURS else {"color": f"C{number}"}
-            places = [list(BITS).index(width) for width in means]
-            axis.plot(places, list(means.values()), marker="o", markersize=3, label=method, **style)
-        if half_integers := excess(results, task, "seq2", OURS):
-            axis.plot(list(BITS).index("int2"), statistics.fmean(half_integers), "k*", zorder=3, label="ours, seq2")
-        axis.axhline(0.0, color="gray", linestyle=":", label="float, same budget")
-        axis.set(
-            title=task, xlabel="bits per weight", xticks=range(len(BITS)), xticklabels=[f"{b:g}" for b in BITS.values()]
-        )
-        axis.set_yscale("symlog", linthresh=0.01 if task == "text" else 0.001)
-    axes[0][0].set_ylabel("loss above float, nats")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), fontsize=8, loc="outside right center")
-    figure.savefig(path, dpi=120)
-
-
 def _jobs(arguments: argparse.Namespace) -> list[tuple[str, str, str, int]]:
     return [
         (task, width, method, seed)
@@ -336,9 +108,7 @@ def _jobs(arguments: argparse.Namespace) -> list[tuple[str, str, str, int]]:
         for width in arguments.width
         for method in (arguments.method or methods(width))
         for seed in arguments.seed
-        if method in methods(width)
-        or (width != "float" and method in (*ABLATIONS, *LEARNED_TOO))
-        or (width != "float" and method.removesuffix(TEACHER) in methods(width))
+        if applies(method, width)
     ]
 
 
@@ -362,6 +132,9 @@ def main() -> None:
     arguments.cache.mkdir(parents=True, exist_ok=True)
     for name, task in TASKS.items() if arguments.batch_size else ():
         TASKS[name] = replace(task, batch_sizes=(task.batch_sizes[0], arguments.batch_size))
+    unknown = [each for each in arguments.method or () if not any(applies(each, w) for w in ("float", *WIDTHS))]
+    if unknown:
+        parser.error(f"no such method, or a peer that is not installed: {', '.join(unknown)}")
     if not arguments.report:
         for task, width, method, seed in _jobs(arguments):
             _carry_out(arguments, task, width, method, seed)

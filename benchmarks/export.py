@@ -18,7 +18,9 @@ from typing import Any
 import lightning as L
 import torch
 
-from benchmarks.accuracy import TASKS, _but_head, _float_model, _trainer
+from benchmarks.accuracy import float_model, quiet_trainer
+from benchmarks.accuracy_methods import but_head
+from benchmarks.accuracy_tasks import TASKS
 from benchmarks.output import machine, show
 from lightning_qat import GPTQ, Distillation, GradualQuantization, OrthogonalUpdates, QATCallback, recipes
 from lightning_qat.export import export, load
@@ -27,7 +29,7 @@ METRICS = {"digits": "accuracy", "text": "bits_per_byte"}
 
 
 def _test(module: L.LightningModule, name: str) -> float:
-    found = _trainer(1, []).test(module, datamodule=TASKS[name].data(0, 64, 1), verbose=False)[0]
+    found = quiet_trainer(1, []).test(module, datamodule=TASKS[name].data(0, 64, 1), verbose=False)[0]
     return float(found[f"test_{METRICS[name]}"])
 
 
@@ -38,17 +40,17 @@ def _float_size(module: torch.nn.Module) -> int:
 def run(name: str, recipe: str, steps: int, seed: int, cache: Path, folder: Path) -> dict[str, Any]:
     """Train, export, load and test."""
     task = TASKS[name]
-    module = _float_model(task, name, recipe, seed, cache)
+    module = float_model(task, name, recipe, seed, cache)
     updates = OrthogonalUpdates(), GradualQuantization()
-    callbacks = [QATCallback(_but_head(recipes.named(recipe), module)), GPTQ(), *updates, Distillation()]
+    callbacks = [QATCallback(but_head(recipes.named(recipe), module)), GPTQ(), *updates, Distillation()]
     L.seed_everything(seed + 1000, verbose=False)
-    _trainer(steps, callbacks).fit(module, datamodule=task.data(seed + 1000, task.batch_sizes[1], steps))
+    quiet_trainer(steps, callbacks).fit(module, datamodule=task.data(seed + 1000, task.batch_sizes[1], steps))
     data: Any = task.data(0, 64, 1)
     data.setup("fit")
     batches = [next(iter(data.val_dataloader()))[0]]
     path = folder / f"{name}_{recipe}.safetensors"
     export(module, path, batches=batches)
-    fresh = _float_model(task, name, recipe, seed, cache)
+    fresh = float_model(task, name, recipe, seed, cache)
     loaded = load(path, fresh)
     quality = _test(loaded, name)
     return {"task": name, "recipe": recipe, "bytes": path.stat().st_size, METRICS[name]: quality}
@@ -72,7 +74,7 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     for name in arguments.task:
-        module = _float_model(TASKS[name], name, "float", arguments.seed, arguments.cache)
+        module = float_model(TASKS[name], name, "float", arguments.seed, arguments.cache)
         rows.append({"task": name, "recipe": "float", "bytes": _float_size(module), METRICS[name]: _test(module, name)})
         for recipe in arguments.recipe:
             rows.append(run(name, recipe, arguments.steps, arguments.seed, arguments.cache, arguments.folder))

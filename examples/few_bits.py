@@ -11,6 +11,7 @@ import lightning as L
 from lightning_qat import (
     GPTQ,
     Distillation,
+    FeatureMatch,
     GradualQuantization,
     OrthogonalUpdates,
     ParameterGroup,
@@ -39,7 +40,7 @@ def main() -> None:
         GPTQ(num_batches=8),
         OrthogonalUpdates(),
         GradualQuantization(),
-        Distillation(),
+        Distillation(features=(FeatureMatch(),)),  # the outputs, and those of every block
     ]
     trainer = L.Trainer(max_epochs=10, callbacks=callbacks, **quiet)
     trainer.fit(model, data)

@@ -23,8 +23,10 @@ from lightning_qat.callbacks.capture import (
 )
 from lightning_qat.callbacks.masks import ignored_targets
 from lightning_qat.callbacks.reasoning import ReasoningMatch
+from lightning_qat.callbacks.run_length import num_steps
 from lightning_qat.callbacks.teacher import Teacher, TeacherSource
 from lightning_qat.losses import kl_divergence, top1_agreement
+from lightning_qat.schedules import Ramp, value_at
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "same": None}
 _TEMPERATURE = 1.0
@@ -96,6 +98,7 @@ class Distillation(pl.Callback, ModuleHooks):
         self._reasoning_layer: dict[str, nn.Module] = {}
         self._calls: list[Call] = []
         self._batch: Any = None
+        self._num_steps = 1.0
         self._compiled_step: Any = None
 
     def __repr__(self) -> str:
@@ -138,6 +141,11 @@ class Distillation(pl.Callback, ModuleHooks):
                 f"Distillation: the teacher has no layer {missing[0]!r} (and lacks {len(missing) - 1} more that "
                 "FeatureMatch or ReasoningMatch names); match layers that both have"
             )
+
+    @override
+    def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        if any(isinstance(feature.weight, Ramp) for feature in self.features):
+            self._num_steps = num_steps(trainer, "Distillation: FeatureMatch without weight=<number>")
 
     @override
     def on_train_batch_start(
@@ -205,7 +213,8 @@ class Distillation(pl.Callback, ModuleHooks):
         loss = self.loss(student, teacher, **self._options, **({} if self.mask is None else {"mask": mask}))
         terms = {"loss": loss, "total": self.weight * loss}
         if self.features:
-            terms["features"] = self._feature_loss(call.features, theirs, mask)
+            done = pl_module.trainer.global_step / self._num_steps
+            terms["features"] = self._feature_loss(call.features, theirs, mask, done)
             terms["total"] = terms["total"] + terms["features"]
         if self.reasoning is not None:
             terms |= self._reasoning_terms(self.reasoning, (call.features, student), (theirs, teacher))
@@ -215,7 +224,7 @@ class Distillation(pl.Callback, ModuleHooks):
             terms["top1_agreement"] = top1_agreement(student.detach(), teacher, mask=agreement_mask)
         return terms
 
-    def _feature_loss(self, ours: dict[str, Any], theirs: dict[str, Any], mask: Tensor | None) -> Tensor:
+    def _feature_loss(self, ours: dict[str, Any], theirs: dict[str, Any], mask: Tensor | None, done: float) -> Tensor:
         losses = []
         for feature, matched in zip(self.features, self._layers, strict=True):
             options = {"mask": mask} if mask is not None and "mask" in _parameters(feature.loss) else {}
@@ -223,7 +232,7 @@ class Distillation(pl.Callback, ModuleHooks):
             for name in matched:
                 _check_ran(name, ours, feature)
                 loss = feature.loss(select(ours[name]), select(theirs[name]), **options)
-                losses.append(feature.weight / len(matched) * loss)
+                losses.append(value_at(feature.weight, done) / len(matched) * loss)
         return torch.stack(losses).sum()
 
     def _reasoning_terms(

@@ -30,6 +30,7 @@ from lightning_qat.losses import (
     reverse_kl_divergence,
 )
 from lightning_qat.models import ConvNet, SequenceClassifier
+from lightning_qat.schedules import LinearRamp
 from tests.callbacks._models import (
     CLASSES,
     HIDDEN,
@@ -486,6 +487,36 @@ def test_blocks_follow_the_teacher() -> None:
         fit(Net(), Distillation(features=(FeatureMatch(),)))
 
 
+def test_the_weight_of_features_follows_the_run() -> None:
+    """Of 8 steps, each adds 4 (1 - t)^2 times the relative error; a resumed run goes on with the same numbers."""
+    added: list[float] = []
+
+    class Seen(Net):
+        def on_before_backward(self, loss: Tensor) -> None:
+            added.append(loss.item())
+
+    def training(model: Net, feature: FeatureMatch | None) -> list[float]:
+        added.clear()
+        features = () if feature is None else (feature,)
+        fit(model, Distillation(frozen(), weight=0.0, features=features), max_epochs=2, log_every_n_steps=1)
+        return list(added)
+
+    still: Callable[[Any], Any] = lambda module: torch.optim.SGD(module.parameters(), lr=0.0)  # noqa: E731
+    without, with_one = (
+        training(Seen(optimizer=still), None),
+        training(Seen(optimizer=still), FeatureMatch("first", weight=1)),
+    )
+    ramp = training(Seen(optimizer=still), FeatureMatch("first"))
+    errors = torch.tensor(with_one, dtype=torch.float64) - torch.tensor(without, dtype=torch.float64)
+    found = (torch.tensor(ramp, dtype=torch.float64) - torch.tensor(without, dtype=torch.float64)) / errors
+    share = torch.arange(len(ramp), dtype=torch.float64) / len(ramp)
+    torch.testing.assert_close(found, 4 * (1 - share) ** 2, rtol=1e-3, atol=1e-4)
+    with pytest.raises(
+        ValueError, match=r"FeatureMatch without weight=<number> follows the share.*give Trainer\(max_s"
+    ):
+        fit(Net(), Distillation(features=(FeatureMatch("first"),)), max_epochs=-1)
+
+
 def test_relations_of_attention() -> None:
     class Attending(Net):
         def forward(self, x: Tensor) -> Tensor:
@@ -563,6 +594,8 @@ def test_losses_and_options() -> None:
         Distillation(3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"weight=-0.5 is not allowed"):
         FeatureMatch("*", weight=-0.5)
+    with pytest.raises(ValueError, match=r"FeatureMatch: weight=LinearRamp\(end=-1.0"):
+        FeatureMatch("*", weight=LinearRamp(-1.0))
     with pytest.raises(TypeError, match=r"FeatureMatch: match=\['a'\] is no glob"):
         FeatureMatch(["a"])  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"mask='targets' is no function of the batch; pass TargetMask\('targets'\)"):

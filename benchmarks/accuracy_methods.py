@@ -1,0 +1,118 @@
+"""What benchmarks/accuracy.py compares: rounding alone, peers, ours, and ours with less."""
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import lightning as L
+
+from benchmarks.learned import with_learned_scale
+from benchmarks.peers import PEERS, WEIGHT_BITS
+from lightning_qat import (
+    GPTQ,
+    AbsMax,
+    Distillation,
+    FeatureMatch,
+    GradualQuantization,
+    LayerSpec,
+    MinimumError,
+    OrthogonalUpdates,
+    ParameterGroup,
+    QATCallback,
+    QuantizerSpec,
+    Recipe,
+    Rule,
+    StraightThrough,
+    recipes,
+)
+from lightning_qat.callbacks import TargetMask
+from lightning_qat.callbacks.running import call_module  # predict_step of the arithmetic task writes whole solutions
+
+WIDTHS = (*WEIGHT_BITS, "seq2", "ternary_a8")
+AS_MANY_BITS = {"seq2": "int2", "ternary_a8": "bitnet"}
+"""Ours alone: half-integer levels; ternary weights with a scale per channel, inputs as those of bitnet."""
+BITS = {"int8": 8.0, "int4": 4.0, "int3": 3.0, "int2": 2.0, "ternary": 1.58, "binary": 1.0}
+_gptq = partial(GPTQ, forward=call_module)
+_SET_IN = partial(GradualQuantization, most_levels=4)
+_OTHERS = ParameterGroup(kind="others", lr_multiplier=4.0)
+_BLOCKS = (FeatureMatch(),)
+_MANY_LEVELS = ("int8", "w8a8", "int4", "w4a8")  # there it brings nothing
+OURS, AFTER_TRAINING = "ours", "after training"
+OUTPUTS_ALONE = "ours, outputs alone"
+"""Ours with a teacher that only the outputs of the model follow, not its blocks."""
+TEACHER, TEACHER_OF_BLOCKS = " + teacher", " + teacher of blocks"
+LEARNED = "learned scale"
+"""Ours, with a scale that is learned in the place of one that follows the weights: what recipes had, and peers have."""
+_untaught: Callable[[], list[Any]] = lambda: [_gptq(), OrthogonalUpdates(), GradualQuantization()]  # noqa: E731
+ABLATIONS: dict[str, Callable[[Any], list[Any]]] = {
+    "ours, QATCallback alone": lambda mask: [],
+    "ours, with teacher": lambda mask: [Distillation(mask=mask)],
+    "ours, without teacher": lambda mask: _untaught(),
+    "ours, AdamW, rounding set in": lambda mask: [_gptq(), _SET_IN(), Distillation(mask=mask)],
+    "ours, AdamW, rounding set in, no teacher": lambda mask: [_gptq(), _SET_IN()],
+}
+"""Without faster others."""
+LEARNED_TOO = [LEARNED, *(LEARNED + name.removeprefix(OURS) for name in ABLATIONS)]
+
+
+def but_head(recipe: Recipe, module: L.LightningModule) -> Recipe:
+    """Return a recipe that leaves the head in float, where there is one."""
+    return Recipe((Rule("head", None), *recipe.rules)) if hasattr(module, "head") else recipe
+
+
+def _after_training(width: str, *, search: bool) -> Recipe:
+    """Return round to nearest: the grid of a recipe, scales by absolute maximum or least error."""
+    spec = recipes.named(width).rules[0].spec
+    assert spec is not None
+    assert spec.weight is not None
+    weight = QuantizerSpec(
+        spec.weight.grid, spec.weight.granularity, MinimumError() if search else AbsMax(), StraightThrough()
+    )
+    return Recipe((Rule("*", LayerSpec(weight, spec.input)),))
+
+
+def callbacks_of(method: str, width: str, module: L.LightningModule, mask: TargetMask | None) -> list[Any]:
+    """Return what is given to the trainer; none for a peer without a teacher, which has converted the module."""
+    if method.startswith(AFTER_TRAINING):
+        return [QATCallback(but_head(_after_training(width, search="absmax" not in method), module))]
+    if method.startswith(LEARNED):
+        ablation = ABLATIONS.get(
+            OURS + method.removeprefix(LEARNED), lambda mask: [*_untaught(), Distillation(mask=mask)]
+        )
+        return [QATCallback(but_head(with_learned_scale(recipes.named(width)), module)), *ablation(mask)]
+    if method in (OURS, OUTPUTS_ALONE):
+        few = width not in _MANY_LEVELS
+        converting = QATCallback(but_head(recipes.named(width), module), groups=[_OTHERS] if few else [])
+        return [converting, *_untaught(), Distillation(mask=mask, features=_BLOCKS if few and method == OURS else ())]
+    if method in ABLATIONS:
+        return [QATCallback(but_head(recipes.named(width), module)), *ABLATIONS[method](mask)]
+    if method.endswith(TEACHER_OF_BLOCKS):
+        return [Distillation(copy.deepcopy(module), mask=mask, features=_BLOCKS)]
+    return [Distillation(copy.deepcopy(module), mask=mask)] if method.endswith(TEACHER) else []
+
+
+def methods(width: str) -> list[str]:
+    """Return what is compared at a width; ``float`` stands for no quantization."""
+    if width == "float":
+        return ["float", f"float{TEACHER}"]
+    peers = [name for name, peer in PEERS.items() if width in peer.widths and peer.installed]
+    return [
+        AFTER_TRAINING,
+        f"{AFTER_TRAINING}, absmax",
+        *peers,
+        "ours, QATCallback alone",
+        "ours, without teacher",
+        OURS,
+    ]
+
+
+def without_teacher(method: str) -> str:
+    """Return a method without the teacher that may be added to it."""
+    return method.removesuffix(TEACHER).removesuffix(TEACHER_OF_BLOCKS)
+
+
+def applies(method: str, width: str) -> bool:
+    """Return whether there is such a method at a width, among those compared by default or beside them."""
+    ablation = width != "float" and method in (*ABLATIONS, *LEARNED_TOO, OUTPUTS_ALONE)
+    return ablation or without_teacher(method) in methods(width)
