@@ -13,10 +13,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_qat.conversion.view import QUANTIZER_SUFFIX
-from lightning_qat.losses import hidden_state_nmse
+from lightning_qat.losses import hidden_state_log_nmse
 from lightning_qat.schedules import QuadraticRamp, Ramp
 
-_LEADING: Final = QuadraticRamp(0.0, start=4.0)
+_LEADING: Final = QuadraticRamp(0.0, start=0.6)
 
 
 @final
@@ -29,11 +29,11 @@ class FeatureMatch:
     Args:
         match: glob over dotted module names, such as ``"backbone.blocks.*.feedforward"``. None: the blocks of the
             model, by :func:`find_blocks`.
-        loss: function of (student, teacher) outputs, such as :func:`lightning_qat.losses.hidden_state_nmse`; ``mask``
-            is passed if it takes one. For :func:`lightning_qat.losses.attention_relation_loss` let ``select`` return
-            the sequence of tensors: ``select=lambda qkv: qkv.chunk(3, dim=-1)``.
-        weight: factor of the mean over the matched layers, not negative, also as a ramp over the run. By default 4 (1 -
-            t)^2: layers are led while rounding sets in, and in the end free to make up for each other's errors.
+        loss: function of (student, teacher) outputs, :func:`lightning_qat.losses.hidden_state_log_nmse` or one of
+            yours; ``mask`` is passed if it takes one. For :func:`lightning_qat.losses.attention_relation_loss` let
+            ``select`` return the sequence of tensors: ``select=lambda qkv: qkv.chunk(3, dim=-1)``.
+        weight: factor of the mean over the matched layers, not negative, also as a ramp over the run. By default 0.6
+            (1 - t)^2: layers are led while rounding sets in, and in the end free to make up for each other's errors.
         select: takes what to compare from an output; by default as :class:`Distillation` does.
 
     Raises:
@@ -48,7 +48,7 @@ class FeatureMatch:
     """
 
     match: str | None = None
-    loss: Callable[..., Tensor] = hidden_state_nmse
+    loss: Callable[..., Tensor] = hidden_state_log_nmse
     weight: float | Ramp = _LEADING
     select: Callable[[Any], Any] | None = None
 

@@ -23,6 +23,7 @@ from lightning_qat.losses.distillation import (
 from lightning_qat.losses.matching import (
     attention_relation_loss,
     hidden_state_cosine,
+    hidden_state_log_nmse,
     hidden_state_mse,
     hidden_state_nmse,
     merge_heads,
@@ -60,6 +61,7 @@ __all__ = [
     "chain_of_thought_fidelity",
     "grid_distance",
     "hidden_state_cosine",
+    "hidden_state_log_nmse",
     "hidden_state_mse",
     "hidden_state_nmse",
     "jensen_shannon",

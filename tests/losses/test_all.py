@@ -27,6 +27,7 @@ RUNS: dict[str, Run] = {
     "top1_agreement": lambda s, t, m: losses.top1_agreement(s, t, mask=m),
     "hidden_state_mse": lambda s, t, m: losses.hidden_state_mse(s, t, mask=m),
     "hidden_state_nmse": lambda s, t, m: losses.hidden_state_nmse(s, t, mask=m),
+    "hidden_state_log_nmse": lambda s, t, m: losses.hidden_state_log_nmse(s, t, mask=m),
     "hidden_state_cosine": lambda s, t, m: losses.hidden_state_cosine(s, t, mask=m),
     "relations": lambda s, t, m: losses.attention_relation_loss([s], [t], num_relation_heads=2, mask=m),
     "fidelity": fidelity,

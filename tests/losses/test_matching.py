@@ -10,6 +10,7 @@ from lightning_qat import losses
 
 Array = NDArray[np.float64]
 MASK = torch.tensor([[True, True, True, False], [True, False, False, False]])
+STATES = ["hidden_state_mse", "hidden_state_nmse", "hidden_state_log_nmse", "hidden_state_cosine"]
 
 
 def pair(*shape: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -46,12 +47,14 @@ def test_hidden_state_values(masked: bool) -> None:
     assert losses.hidden_state_mse(student, teacher, mask=mask).item() == pytest.approx(((s - t) ** 2).mean())
     relative = losses.hidden_state_nmse(student, teacher, mask=mask)
     assert relative.item() == pytest.approx(((s - t) ** 2).sum() / (t**2).sum())
+    logarithm = losses.hidden_state_log_nmse(student, teacher, mask=mask)
+    assert logarithm.item() == pytest.approx(np.log1p(1000 * relative.item()))
     torch.testing.assert_close(losses.hidden_state_nmse(50 * student, 50 * teacher, mask=mask), relative)
     cosines = (s * t).sum(-1) / np.sqrt((s**2).sum(-1) * (t**2).sum(-1))
     assert losses.hidden_state_cosine(student, teacher, mask=mask).item() == pytest.approx((1 - cosines).mean())
 
 
-@pytest.mark.parametrize("name", ["hidden_state_mse", "hidden_state_nmse", "hidden_state_cosine"])
+@pytest.mark.parametrize("name", STATES)
 def test_projection(name: str) -> None:
     loss = getattr(losses, name)
     student, _ = pair(2, 4, 3)
@@ -65,7 +68,7 @@ def test_projection(name: str) -> None:
         loss(student, teacher)
 
 
-@pytest.mark.parametrize("name", ["hidden_state_mse", "hidden_state_nmse", "hidden_state_cosine"])
+@pytest.mark.parametrize("name", STATES)
 @pytest.mark.parametrize("masked", [False, True])
 def test_hidden_state_gradients(name: str, masked: bool) -> None:
     student, teacher = pair(2, 4, 3)
@@ -166,7 +169,7 @@ def test_merge_heads() -> None:
         losses.merge_heads(x[0])
 
 
-@pytest.mark.parametrize("name", ["hidden_state_mse", "hidden_state_nmse", "hidden_state_cosine", "relations"])
+@pytest.mark.parametrize("name", [*STATES, "relations"])
 def test_arithmetic_is_float32(name: str) -> None:
     """Under autocast the product of relations would run in bfloat16; 100 % of the bits of float32 are kept."""
 
@@ -182,7 +185,7 @@ def test_arithmetic_is_float32(name: str) -> None:
     torch.testing.assert_close(result.double(), loss(student.double(), teacher.double()), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("name", ["hidden_state_mse", "hidden_state_nmse", "hidden_state_cosine", "relations"])
+@pytest.mark.parametrize("name", [*STATES, "relations"])
 def test_the_teacher_gets_no_gradient(name: str) -> None:
     student, teacher = pair(1, 3, 4)
     student.requires_grad_()
