@@ -8,9 +8,9 @@ optimizer, schedule and batches: training goes on in float (the reference, with 
 quantization by a method. The teacher is the float model as it was. Weights of all linear layers but the head are
 quantized, one scale per output channel (bitnet: per tensor). Figures are losses on the test data in nats; excess is the
 loss above the float reference of the same seed. Ours is ``QATCallback(recipe), GPTQ(), OrthogonalUpdates(),
-GradualQuantization(), Distillation()``, and at 3 bits and below ``groups=[ParameterGroup(kind="others",
-lr_multiplier=4.0)]`` and ``Distillation(features=(FeatureMatch(),))``, the same for every task, with the defaults of
-the package; all was chosen on validation data.
+GradualQuantization(), Distillation()``, at 3 bits and below with ``groups=[ParameterGroup(kind="others",
+lr_multiplier=4.0)]`` and, but at 1 bit, ``Distillation(features=(FeatureMatch(),))``, the same for every task, with the
+defaults of the package; all was chosen on validation data.
 """
 
 import argparse

@@ -37,7 +37,7 @@ _gptq = partial(GPTQ, forward=call_module)
 _SET_IN = partial(GradualQuantization, most_levels=4)
 _OTHERS = ParameterGroup(kind="others", lr_multiplier=4.0)
 _BLOCKS = (FeatureMatch(),)
-_MANY_LEVELS = ("int8", "w8a8", "int4", "w4a8")  # there it brings nothing
+_MANY_LEVELS = ("int8", "w8a8", "int4", "w4a8")  # there neither brings anything
 OURS, AFTER_TRAINING = "ours", "after training"
 OUTPUTS_ALONE = "ours, outputs alone"
 """Ours with a teacher that only the outputs of the model follow, not its blocks."""
@@ -84,7 +84,8 @@ def callbacks_of(method: str, width: str, module: L.LightningModule, mask: Targe
     if method in (OURS, OUTPUTS_ALONE):
         few = width not in _MANY_LEVELS
         converting = QATCallback(but_head(recipes.named(width), module), groups=[_OTHERS] if few else [])
-        return [converting, *_untaught(), Distillation(mask=mask, features=_BLOCKS if few and method == OURS else ())]
+        blocks = _BLOCKS if method == OURS and few and width != "binary" else ()  # layers of one bit cannot follow
+        return [converting, *_untaught(), Distillation(mask=mask, features=blocks)]
     if method in ABLATIONS:
         return [QATCallback(but_head(recipes.named(width), module)), *ABLATIONS[method](mask)]
     if method.endswith(TEACHER_OF_BLOCKS):

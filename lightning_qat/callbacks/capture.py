@@ -3,6 +3,7 @@
 import difflib
 import fnmatch
 import functools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -136,6 +137,15 @@ def capturing_features(layers: dict[str, nn.Module]) -> Iterator[dict[str, Any]]
     finally:
         for handle in handles:
             handle.remove()
+
+
+def forget_compiled() -> None:
+    """Let compiled code be traced anew: torch does not check whether hooks came after, and what lacks them would stay.
+
+    See ``torch._dynamo.config.skip_nnmodule_hook_guards``.
+    """
+    if "torch._dynamo" in sys.modules:  # nothing is compiled before that
+        torch.compiler.reset()
 
 
 def find_tensor(output: Any) -> Tensor | None:

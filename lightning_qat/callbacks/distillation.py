@@ -19,6 +19,7 @@ from lightning_qat.callbacks.capture import (
     describe,
     find_module,
     find_tensor,
+    forget_compiled,
     module_names,
 )
 from lightning_qat.callbacks.masks import ignored_targets
@@ -132,6 +133,8 @@ class Distillation(pl.Callback, ModuleHooks):
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         if self.module:
             find_module(pl_module, self.module, "module")
+        if self.features or self.reasoning is not None:
+            forget_compiled()
         self._layers = [feature.find_layers(pl_module) for feature in self.features]
         self._reasoning_layer = {} if self.reasoning is None else self.reasoning.find_layer(pl_module)
         self.teacher.build(pl_module)

@@ -563,6 +563,29 @@ def test_logged_to_every_logger(accumulate: int) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile does so itself
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # by the compiler, of outputs
+@pytest.mark.parametrize("whole", [True, False], ids=["module", "layer"])
+def test_layers_of_a_compiled_module(whole: bool) -> None:
+    """Also where it was compiled before anything looked inside: torch does not see that hooks came later."""
+
+    def trained(*, compiled: bool, features: tuple[FeatureMatch, ...]) -> nn.Module:
+        model: Any = Net(optimizer=sgd)
+        if compiled and not whole:
+            model.first.compile(backend="eager")
+        fit(
+            torch.compile(model, backend="eager") if compiled and whole else model,
+            Distillation(frozen(), features=features),
+        )
+        return model  # type: ignore[no-any-return]
+
+    matched = (FeatureMatch("first"),)
+    without = trained(compiled=True, features=())
+    found, expected = trained(compiled=True, features=matched), trained(compiled=False, features=matched)
+    assert_equal_states(state(found), state(expected))
+    assert not torch.equal(found.first.weight, without.first.weight)  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile does so itself
 def test_a_compiled_module() -> None:
     torch._dynamo.reset()
     model, plain = Net(optimizer=sgd), Net(optimizer=sgd)
