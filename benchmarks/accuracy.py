@@ -9,8 +9,9 @@ quantization by a method. The teacher is the float model as it was. Weights of a
 quantized, one scale per output channel (bitnet: per tensor). Figures are losses on the test data in nats; excess is the
 loss above the float reference of the same seed. Ours is ``QATCallback(recipe), GPTQ(), OrthogonalUpdates(),
 GradualQuantization(), Distillation()``, at 3 bits and below with ``groups=[ParameterGroup(kind="others",
-lr_multiplier=4.0)]`` and, but at 1 bit, ``Distillation(features=(FeatureMatch(),))``, the same for every task, with the
-defaults of the package; all was chosen on validation data.
+lr_multiplier=4.0)]`` and, but at 1 bit, ``Distillation(features=(FeatureMatch(),))``, at 4 bits with
+``scale_lr_multiplier=0.1``, the same for every task, with the defaults of the package; all was chosen on validation
+data.
 """
 
 import argparse

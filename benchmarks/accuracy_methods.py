@@ -37,10 +37,12 @@ _gptq = partial(GPTQ, forward=call_module)
 _SET_IN = partial(GradualQuantization, most_levels=4)
 _OTHERS = ParameterGroup(kind="others", lr_multiplier=4.0)
 _BLOCKS = (FeatureMatch(),)
+_FOUR_BITS = ("int4", "w4a8")
 _MANY_LEVELS = ("int8", "w8a8", "int4", "w4a8")  # there neither brings anything
 OURS, AFTER_TRAINING = "ours", "after training"
 OUTPUTS_ALONE = "ours, outputs alone"
 """Ours with a teacher that only the outputs of the model follow, not its blocks."""
+SLOWER_SCALES = "ours, QATCallback alone, slower scales"
 TEACHER, TEACHER_OF_BLOCKS = " + teacher", " + teacher of blocks"
 LEARNED = "learned scale"
 """Ours, with a scale that is learned in the place of one that follows the weights: what recipes had, and peers have."""
@@ -72,6 +74,10 @@ def _after_training(width: str, *, search: bool) -> Recipe:
     return Recipe((Rule("*", LayerSpec(weight, spec.input)),))
 
 
+def _scale_rate(width: str) -> float:
+    return 0.1 if width in _FOUR_BITS else 1.0
+
+
 def callbacks_of(method: str, width: str, module: L.LightningModule, mask: TargetMask | None) -> list[Any]:
     """Return what is given to the trainer; none for a peer without a teacher, which has converted the module."""
     if method.startswith(AFTER_TRAINING):
@@ -83,9 +89,14 @@ def callbacks_of(method: str, width: str, module: L.LightningModule, mask: Targe
         return [QATCallback(but_head(with_learned_scale(recipes.named(width)), module)), *ablation(mask)]
     if method in (OURS, OUTPUTS_ALONE):
         few = width not in _MANY_LEVELS
-        converting = QATCallback(but_head(recipes.named(width), module), groups=[_OTHERS] if few else [])
+        groups = [_OTHERS] if few else []
+        converting = QATCallback(
+            but_head(recipes.named(width), module), groups=groups, scale_lr_multiplier=_scale_rate(width)
+        )
         blocks = _BLOCKS if method == OURS and few and width != "binary" else ()  # layers of one bit cannot follow
         return [converting, *_untaught(), Distillation(mask=mask, features=blocks)]
+    if method == SLOWER_SCALES:
+        return [QATCallback(but_head(recipes.named(width), module), scale_lr_multiplier=_scale_rate(width))]
     if method in ABLATIONS:
         return [QATCallback(but_head(recipes.named(width), module)), *ABLATIONS[method](mask)]
     if method.endswith(TEACHER_OF_BLOCKS):
@@ -115,5 +126,7 @@ def without_teacher(method: str) -> str:
 
 def applies(method: str, width: str) -> bool:
     """Return whether there is such a method at a width, among those compared by default or beside them."""
+    if method == SLOWER_SCALES:
+        return width in _FOUR_BITS
     ablation = width != "float" and method in (*ABLATIONS, *LEARNED_TOO, OUTPUTS_ALONE)
     return ablation or without_teacher(method) in methods(width)

@@ -13,6 +13,7 @@ from benchmarks.accuracy_methods import (
     LEARNED_TOO,
     OURS,
     OUTPUTS_ALONE,
+    SLOWER_SCALES,
     TEACHER,
     TEACHER_OF_BLOCKS,
     WIDTHS,
@@ -44,7 +45,17 @@ def table(results: dict[str, Any], task: str) -> list[dict[str, str]]:
     for width in WIDTHS:
         taught = [f"{each}{teacher}" for each in ("float", *PEERS) for teacher in (TEACHER, TEACHER_OF_BLOCKS)]
         after = [AFTER_TRAINING, f"{AFTER_TRAINING}, absmax"]
-        for method in [*methods("float"), *after, *PEERS, *taught, *LEARNED_TOO, *ABLATIONS, OUTPUTS_ALONE, OURS]:
+        for method in [
+            *methods("float"),
+            *after,
+            *PEERS,
+            *taught,
+            *LEARNED_TOO,
+            *ABLATIONS,
+            SLOWER_SCALES,
+            OUTPUTS_ALONE,
+            OURS,
+        ]:
             values = excess(results, task, width, method)
             if values:
                 mean, half = summary(values)

@@ -50,7 +50,8 @@ class QATCallback(pl.Callback, ModuleHooks):
     Args:
         recipe: which layers get which quantizers; ``recipes.int4()`` if the model is not prepared already.
         arithmetic: ``"auto"``, or how products of quantized values are computed; see :func:`lightning_qat.prepare`.
-        scale_lr_multiplier: learning rate of scales relative to that of their weights, positive.
+        scale_lr_multiplier: learning rate of scales relative to that of their weights, positive. At 4 bits 0.1 keeps
+            more of a model (``benchmarks/README.md``); it needs a scheduler that keeps the rates of groups apart.
         groups: learning rate and weight decay of some weights, scales or temperatures; the first that matches decides.
 
     Raises:
