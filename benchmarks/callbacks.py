@@ -3,8 +3,9 @@
     python benchmarks/callbacks.py --output benchmarks/callbacks.json
 
 Statistics: CPU time of one measurement with TensorBoard, over that of ``every_n_steps`` steps. Distillation: CPU time
-of what it adds to the forward of a step beyond the teacher's forward, over that of the step. Orthogonal updates: CPU
-time of all of them in a step, over that of a step without.
+of what it adds to the forward of a step beyond the teacher's forward, over that of the step. Blocks that follow the
+teacher's: the median of the ratios of whole steps with and without, in turn. Orthogonal updates: CPU time of all of
+them in a step, over that of a step without.
 """
 
 import argparse
@@ -22,12 +23,13 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_qat import QATCallback, recipes
-from lightning_qat.callbacks import Distillation, OrthogonalUpdates, QuantizationStatistics
+from lightning_qat.callbacks import Distillation, FeatureMatch, OrthogonalUpdates, QuantizationStatistics
 from lightning_qat.callbacks.teacher import Teacher
 from lightning_qat.data import DigitsData, TextData
 from lightning_qat.models import LanguageModel, SequenceClassifier
 
 NUM_STEPS = 60
+NUM_PAIRS = 9
 
 
 class StepTimes(L.Callback):
@@ -104,6 +106,14 @@ def distillation_cost(name: str) -> dict[str, float]:
     }  # fmt: skip
 
 
+def blocks_cost(name: str) -> dict[str, float]:
+    """Return the share of a step that blocks take that follow the teacher's, forward and backward, by difference."""
+    alone, matched = Distillation(), Distillation(features=(FeatureMatch(),))
+    pairs = [(fit(name, alone), fit(name, matched)) for _ in range(NUM_PAIRS)]
+    ratio = statistics.median(after / before for before, after in pairs)
+    return {"step": statistics.median(before for before, _ in pairs), "share": ratio - 1}
+
+
 def orthogonal_cost(name: str) -> dict[str, float]:
     """Return the share of a step that the updates of all weights take."""
     callback = OrthogonalUpdates()
@@ -125,6 +135,7 @@ def main() -> None:
     found: dict[str, Any] = {name: {"statistics": statistics_cost(name)} for name in ("digits", "text")}
     for name, costs in found.items():
         costs["distillation"] = distillation_cost(name)
+        costs["blocks"] = blocks_cost(name)
         costs["orthogonal"] = orthogonal_cost(name)
     print(json.dumps(found, indent=1))
     if arguments.output:
