@@ -5,8 +5,7 @@ How far they carry is measured in ``benchmarks/README.md``, with ``GPTQ()``, ``O
 trained float model a quarter of its highest rate served down to 3 bits, half of it at 2 and 1.58 bits, all of it at 1
 bit and for ``bitnet`` (AdamW, language model of bytes); and four times that for all that is in float, by
 ``ParameterGroup(kind="others", lr_multiplier=4.0)``. From 3 to 1.58 bits ``Distillation(features=(FeatureMatch(),))``,
-by which blocks follow the teacher's, keeps more where targets have little noise, and costs nothing where they have
-much.
+by which blocks follow the teacher's, keeps more where targets have little noise and batches are small.
 """
 
 import difflib
