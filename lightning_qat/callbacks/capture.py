@@ -25,8 +25,8 @@ _LEADING: Final = QuadraticRamp(0.0, start=0.6)
 class FeatureMatch:
     """Layers inside the model whose outputs follow the teacher's, too.
 
-    It pays where the outputs say little, because targets have hardly any noise, and in short trainings of transformers with
-    small batches; with large ones, and in networks of convolutions, it rather costs something: ``benchmarks/README.md``.
+    It pays where the outputs say little, because targets have hardly any noise, and in short trainings of transformers
+    with small batches; with large ones, and in networks of convolutions, it rather costs: ``benchmarks/README.md``.
 
     Args:
         match: glob over dotted module names, such as ``"backbone.blocks.*.feedforward"``. None: the blocks of the
