@@ -46,7 +46,12 @@ SLOWER_SCALES = "ours, QATCallback alone, slower scales"
 TEACHER, TEACHER_OF_BLOCKS = " + teacher", " + teacher of blocks"
 LEARNED = "learned scale"
 """Ours, with a scale that is learned in the place of one that follows the weights: what recipes had, and peers have."""
-_untaught: Callable[[], list[Any]] = lambda: [_gptq(), OrthogonalUpdates(), GradualQuantization()]  # noqa: E731
+
+
+def _untaught() -> list[Any]:
+    return [_gptq(), OrthogonalUpdates(), GradualQuantization()]
+
+
 ABLATIONS: dict[str, Callable[[Any], list[Any]]] = {
     "ours, QATCallback alone": lambda mask: [],
     "ours, with teacher": lambda mask: [Distillation(mask=mask)],

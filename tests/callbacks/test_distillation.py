@@ -489,7 +489,7 @@ def test_blocks_follow_the_teacher() -> None:
 
 
 def test_the_weight_of_features_follows_the_run() -> None:
-    """Of 8 steps, each adds 0.6 (1 - t)^2 times what a weight of 1 adds."""
+    """Every step adds 0.6 (1 - t)^2 times what a weight of 1 adds."""
     added: list[float] = []
 
     class Seen(Net):
@@ -502,12 +502,12 @@ def test_the_weight_of_features_follows_the_run() -> None:
         fit(model, Distillation(frozen(), weight=0.0, features=features), max_epochs=2, log_every_n_steps=1)
         return list(added)
 
-    still: Callable[[Any], Any] = lambda module: torch.optim.SGD(module.parameters(), lr=0.0)  # noqa: E731
-    without, with_one = (
-        training(Seen(optimizer=still), None),
-        training(Seen(optimizer=still), FeatureMatch("first", weight=1)),
-    )
-    ramp = training(Seen(optimizer=still), FeatureMatch("first"))
+    def still(module: Any) -> Any:
+        return torch.optim.SGD(module.parameters(), lr=0.0)
+
+    features = None, FeatureMatch("first", weight=1), FeatureMatch("first")
+    without, with_one, ramp = (training(Seen(optimizer=still), feature) for feature in features)
+    assert len(ramp) == 8
     errors = torch.tensor(with_one, dtype=torch.float64) - torch.tensor(without, dtype=torch.float64)
     found = (torch.tensor(ramp, dtype=torch.float64) - torch.tensor(without, dtype=torch.float64)) / errors
     share = torch.arange(len(ramp), dtype=torch.float64) / len(ramp)

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from lightning_qat import (
     Calibration,
+    Distillation,
+    FeatureMatch,
     LayerSpec,
     LearnedSoft,
     PerGroup,
@@ -88,6 +90,11 @@ def test_killed_after_any_step(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("where", ["setup", "configure_model"])
 def test_killed_with_layers_made_late(where: str, tmp_path: Path) -> None:
     assert_resumes(tmp_path, LEARNED_INPUTS, list, [4, 6], where=where)
+
+
+def test_killed_while_layers_follow_a_teacher(tmp_path: Path) -> None:
+    """The weight of what they add falls over the whole run, not over what is left of it."""
+    assert_resumes(tmp_path, LEARNED_INPUTS, lambda: [Distillation(features=(FeatureMatch("first"),))], [2, 7])
 
 
 def test_killed_between_accumulated_batches(tmp_path: Path) -> None:
