@@ -27,6 +27,7 @@ class FeatureMatch:
 
     It pays where the outputs say little, because targets have hardly any noise, and in short trainings of transformers
     with small batches; with large ones, and in networks of convolutions, it rather costs: ``benchmarks/README.md``.
+    At fit start all that was compiled in the process is dropped, so that it is traced anew with what looks inside.
 
     Args:
         match: glob over dotted module names, such as ``"backbone.blocks.*.feedforward"``. None: the blocks of the

@@ -61,8 +61,7 @@ class Distillation(pl.Callback, ModuleHooks):
         mask: function of the batch that returns which positions count, `TargetMask`, `BatchMask` or
             ``lambda batch: next_token_mask(batch["labels"])``; by default all do, with a warning where the batch holds
             targets of -100.
-        features: layers inside the model that follow the teacher's, too; ``(FeatureMatch(),)`` for its blocks. What
-            was compiled in this process before is traced anew, as with ``reasoning``.
+        features: layers inside the model that follow the teacher's, too; ``(FeatureMatch(),)`` for its blocks.
         reasoning: steps of reasoning that follow the teacher's, too; adds its own weight times its own loss.
         dtype: ``"same"`` as the student, or ``"bfloat16"`` to halve the teacher's memory.
 
