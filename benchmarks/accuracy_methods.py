@@ -35,10 +35,11 @@ AS_MANY_BITS = {"seq2": "int2", "ternary_a8": "bitnet"}
 BITS = {"int8": 8.0, "int4": 4.0, "int3": 3.0, "int2": 2.0, "ternary": 1.58, "binary": 1.0}
 _gptq = partial(GPTQ, forward=call_module)
 _SET_IN = partial(GradualQuantization, most_levels=4)
-_OTHERS = ParameterGroup(kind="others", lr_multiplier=4.0)
-_BLOCKS = (FeatureMatch(),)
+_BLOCKS = (FeatureMatch(fade_below=0.1),)
+_FADE_BELOW = 1.0
 _FOUR_BITS = ("int4", "w4a8")
-_MANY_LEVELS = ("int8", "w8a8", "int4", "w4a8")  # there neither brings anything
+_MANY_LEVELS = ("int8", "w8a8", "int4", "w4a8")  # there neither faster others nor blocks bring anything
+_FEWEST_LEVELS = ("ternary", "ternary_a8", "bitnet", "binary")
 OURS, AFTER_TRAINING = "ours", "after training"
 OUTPUTS_ALONE = "ours, outputs alone"
 """Ours with a teacher that only the outputs of the model follow, not its blocks."""
@@ -94,12 +95,14 @@ def callbacks_of(method: str, width: str, module: L.LightningModule, mask: Targe
         return [QATCallback(but_head(with_learned_scale(recipes.named(width)), module)), *ablation(mask)]
     if method in (OURS, OUTPUTS_ALONE):
         few = width not in _MANY_LEVELS
-        groups = [_OTHERS] if few else []
+        others = ParameterGroup(kind="others", lr_multiplier=8.0 if width in _FEWEST_LEVELS else 4.0)
         converting = QATCallback(
-            but_head(recipes.named(width), module), groups=groups, scale_lr_multiplier=_scale_rate(width)
+            but_head(recipes.named(width), module),
+            groups=[others] if few else [],
+            scale_lr_multiplier=_scale_rate(width),
         )
         blocks = _BLOCKS if method == OURS and few and width != "binary" else ()  # layers of one bit cannot follow
-        return [converting, *_untaught(), Distillation(mask=mask, features=blocks)]
+        return [converting, *_untaught(), Distillation(mask=mask, fade_below=_FADE_BELOW, features=blocks)]
     if method == SLOWER_SCALES:
         return [QATCallback(but_head(recipes.named(width), module), scale_lr_multiplier=_scale_rate(width))]
     if method in ABLATIONS:

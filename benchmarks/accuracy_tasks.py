@@ -22,6 +22,7 @@ class Task:
         batch_sizes: of the float training, and of all that follows.
         learning_rate: the highest of the cosine schedule, in float.
         mask: which positions have a target, where not all do.
+        rate: factor of the learning rates (`RATES`) of all that follows the float training.
     """
 
     model: Callable[..., L.LightningModule]
@@ -30,6 +31,7 @@ class Task:
     batch_sizes: tuple[int, int]
     learning_rate: float
     mask: TargetMask | None = None
+    rate: float = 1.0
 
 
 def _text(seed: int, batch_size: int, num_batches: int) -> L.LightningDataModule:

@@ -4,9 +4,9 @@ from lightning_qat.callbacks.activation_checkpointing import ActivationCheckpoin
 from lightning_qat.callbacks.advice import Bounds
 from lightning_qat.callbacks.bit_allocation import BitAllocation
 from lightning_qat.callbacks.calibration import Calibration
-from lightning_qat.callbacks.capture import FeatureMatch
 from lightning_qat.callbacks.distillation import Distillation
 from lightning_qat.callbacks.export import ExportCallback
+from lightning_qat.callbacks.feature_match import FeatureMatch
 from lightning_qat.callbacks.freezing import OscillationFreezing
 from lightning_qat.callbacks.gptq import GPTQ
 from lightning_qat.callbacks.gradual import GradualQuantization

@@ -14,19 +14,22 @@ from typing_extensions import override
 from lightning_qat.callbacks.attachment import ModuleHooks, attach, detach
 from lightning_qat.callbacks.capture import (
     Call,
-    FeatureMatch,
     capturing,
+    check_ran,
     describe,
     find_module,
     find_tensor,
     forget_compiled,
     module_names,
 )
+from lightning_qat.callbacks.fading import faded
+from lightning_qat.callbacks.feature_match import FeatureMatch
 from lightning_qat.callbacks.masks import ignored_targets
 from lightning_qat.callbacks.reasoning import ReasoningMatch
 from lightning_qat.callbacks.run_length import num_steps
 from lightning_qat.callbacks.teacher import Teacher, TeacherSource
 from lightning_qat.losses import kl_divergence, top1_agreement
+from lightning_qat.quantization._checks import check_positive
 from lightning_qat.schedules import Ramp, value_at
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "same": None}
@@ -52,6 +55,9 @@ class Distillation(pl.Callback, ModuleHooks):
             weights), a module, a factory of one, or the path of a checkpoint, Lightning's or a ``state_dict``.
         temperature: softens both distributions, positive; for losses that take one.
         weight: factor of the teacher's loss, not negative.
+        fade_below: loss of the task, in its units, below which that weight falls in proportion to it; 1 nat is best for
+            cross-entropies. None: it does not. Labels that are certain say more than a teacher, whose errors the
+            student would learn, too; where they are noisy nothing changes.
         loss: function of (student, teacher) outputs; ``temperature`` and ``mask`` are passed if it takes them. For
             regression use :func:`lightning_qat.losses.mean_squared_error`.
         module: dotted path of the submodule whose outputs are matched; "" finds it: the LightningModule itself if its
@@ -79,6 +85,7 @@ class Distillation(pl.Callback, ModuleHooks):
         *,
         temperature: float = _TEMPERATURE,
         weight: float = 4.0,
+        fade_below: float | None = None,
         loss: Loss = kl_divergence,
         module: str = "",
         select: Callable[[Any], Tensor] | None = None,
@@ -87,10 +94,11 @@ class Distillation(pl.Callback, ModuleHooks):
         reasoning: ReasoningMatch | None = None,
         dtype: Literal["same", "float32", "bfloat16"] = "same",
     ) -> None:
-        _check(temperature=temperature, weight=weight, dtype=dtype)
+        _check(temperature=temperature, weight=weight, fade_below=fade_below, dtype=dtype)
         _check_kinds(mask=mask, features=features, reasoning=reasoning)
         self.teacher = Teacher(teacher, dtype=_DTYPES[dtype])
         self.temperature, self.weight, self.loss, self.dtype = temperature, weight, loss, dtype
+        self.fade_below = fade_below
         self.module, self.select, self.mask, self.features = module, select, mask, tuple(features)
         self.reasoning = reasoning
         self._options = _options(loss, temperature, mask)
@@ -104,12 +112,8 @@ class Distillation(pl.Callback, ModuleHooks):
 
     def __repr__(self) -> str:
         """Return an expression that evaluates back, where no function or module of the user is in it."""
-        given = {
-            "teacher": self.teacher.source, "temperature": self.temperature, "weight": self.weight, "loss": self.loss,
-            "module": self.module, "select": self.select, "mask": self.mask, "features": self.features,
-            "reasoning": self.reasoning, "dtype": self.dtype,
-        }  # fmt: skip
         defaults = {name: p.default for name, p in inspect.signature(type(self)).parameters.items()}
+        given = {name: self.teacher.source if name == "teacher" else getattr(self, name) for name in defaults}
         shown = [f"{name}={_name(value)}" for name, value in given.items() if value is not defaults[name]]
         return f"Distillation({', '.join(shown)})"
 
@@ -202,22 +206,24 @@ class Distillation(pl.Callback, ModuleHooks):
     def _added(self, pl_module: "pl.LightningModule", task: Tensor) -> Tensor:
         calls, self._calls[:] = self._matched_calls(pl_module), []
         mask = None if self.mask is None else self.mask(self._batch)
-        terms = [self._terms(call, mask, pl_module) for call in calls]
+        terms = [self._terms(call, mask, task, pl_module) for call in calls]
         total = torch.stack([term["total"].to(task.device) for term in terms]).sum()
         if pl_module.trainer._logger_connector.should_update_logs:  # at other steps nobody would see it
             self._log(pl_module, task, total, terms)
         return task + total
 
-    def _terms(self, call: Call, mask: Tensor | None, pl_module: "pl.LightningModule") -> dict[str, Tensor]:
+    def _terms(
+        self, call: Call, mask: Tensor | None, task: Tensor, pl_module: "pl.LightningModule"
+    ) -> dict[str, Tensor]:
         layers = {name: self.teacher.counterpart(self._in_teacher(name)) for name in self._inside()}
         output, theirs = self.teacher(call.name, call.args, call.kwargs, layers)
         student = self._tensor(call.output, call.name, pl_module)
         teacher = self._tensor(output, call.name, pl_module)
         loss = self.loss(student, teacher, **self._options, **({} if self.mask is None else {"mask": mask}))
-        terms = {"loss": loss, "total": self.weight * loss}
+        terms = {"loss": loss, "total": faded(self.weight, task.to(loss.device), self.fade_below) * loss}
         if self.features:
             done = pl_module.trainer.global_step / self._num_steps
-            terms["features"] = self._feature_loss(call.features, theirs, mask, done)
+            terms["features"] = self._feature_loss(call.features, theirs, mask, task, done)
             terms["total"] = terms["total"] + terms["features"]
         if self.reasoning is not None:
             terms |= self._reasoning_terms(self.reasoning, (call.features, student), (theirs, teacher))
@@ -227,22 +233,20 @@ class Distillation(pl.Callback, ModuleHooks):
             terms["top1_agreement"] = top1_agreement(student.detach(), teacher, mask=agreement_mask)
         return terms
 
-    def _feature_loss(self, ours: dict[str, Any], theirs: dict[str, Any], mask: Tensor | None, done: float) -> Tensor:
+    def _feature_loss(
+        self, ours: dict[str, Any], theirs: dict[str, Any], mask: Tensor | None, task: Tensor, done: float
+    ) -> Tensor:
         losses = []
         for feature, matched in zip(self.features, self._layers, strict=True):
-            options = {"mask": mask} if mask is not None and "mask" in _parameters(feature.loss) else {}
-            select = feature.select or find_tensor
-            for name in matched:
-                _check_ran(name, ours, feature)
-                loss = feature.loss(select(ours[name]), select(theirs[name]), **options)
-                losses.append(value_at(feature.weight, done) / len(matched) * loss)
+            loss = feature.mean_loss(matched, ours, theirs, mask)
+            losses.append(faded(value_at(feature.weight, done), task.to(loss.device), feature.fade_below) * loss)
         return torch.stack(losses).sum()
 
     def _reasoning_terms(
         self, reasoning: ReasoningMatch, ours: tuple[dict[str, Any], Tensor], theirs: tuple[dict[str, Any], Tensor]
     ) -> dict[str, Tensor]:
         (name,) = self._reasoning_layer
-        _check_ran(name, ours[0], reasoning)
+        check_ran(name, ours[0], f"ReasoningMatch(match={reasoning.match!r})")
         terms = reasoning.terms((ours[0][name], ours[1]), (theirs[0][name], theirs[1]), self._batch)
         return {
             "reasoning": terms.total,
@@ -290,11 +294,12 @@ class Distillation(pl.Callback, ModuleHooks):
         pl_module.log_dict(named, on_step=True, on_epoch=False, batch_size=1)
 
 
-def _check(*, temperature: float, weight: float, dtype: str) -> None:
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"Distillation: temperature={temperature} is not allowed; choose a positive value such as 2.0")
+def _check(*, temperature: float, weight: float, fade_below: float | None, dtype: str) -> None:
+    check_positive("Distillation: temperature", temperature)
     if not 0 <= weight < float("inf"):
         raise ValueError(f"Distillation: weight={weight} is not allowed; choose a value that is not negative")
+    if fade_below is not None:
+        check_positive("Distillation: fade_below", fade_below)
     if dtype not in _DTYPES:
         raise ValueError(f"Distillation: dtype={dtype!r} is not allowed; choose one of {sorted(_DTYPES)}")
 
@@ -318,14 +323,6 @@ def _warn_of_ignored_targets(batch: Any) -> None:
             f"Distillation: {share:.0%} of batch[{key!r}] are -100, which losses leave out, but the teacher's loss "
             f"counts every position. Pass mask=TargetMask({key!r}) where targets and logits are aligned, or "
             f"mask=lambda batch: next_token_mask(batch[{key!r}]) where they are shifted inside the model."
-        )
-
-
-def _check_ran(name: str, features: dict[str, Any], match: FeatureMatch | ReasoningMatch) -> None:
-    if name not in features:
-        raise ValueError(
-            f"Distillation: {type(match).__name__}(match={match.match!r}): {name} did not run inside the student's "
-            "forward; restrict the pattern to layers that do"
         )
 
 
