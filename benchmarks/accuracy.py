@@ -8,10 +8,10 @@ optimizer, schedule and batches: training goes on in float (the reference, with 
 quantization by a method. The teacher is the float model as it was. Weights of all linear layers but the head are
 quantized, one scale per output channel (bitnet: per tensor). Figures are losses on the test data in nats; excess is the
 loss above the float reference of the same seed. Ours is ``QATCallback(recipe), GPTQ(), OrthogonalUpdates(),
-GradualQuantization(), Distillation(fade_below=1.0)``, at 3 and 2 bits with ``groups=[ParameterGroup(kind="others",
-lr_multiplier=4.0)]``, below with 8.0, from 3 to 1.58 bits with ``features=(FeatureMatch(fade_below=0.1),)``, at 4 bits
-with ``scale_lr_multiplier=0.1``, the same for every task, with the defaults of the package otherwise; all was chosen on
-validation data.
+GradualQuantization(), Distillation(fade_below=1.0)`` (1 bit: ``Distillation()``), at 3, 2 and 1 bits with
+``groups=[ParameterGroup(kind="others", lr_multiplier=4.0)]``, at 1.58 bits with 8.0, from 3 to 1.58 bits with
+``features=(FeatureMatch(fade_below=0.1),)``, at 4 bits with ``scale_lr_multiplier=0.1``, the same for every task, with
+the defaults of the package otherwise; all was chosen on validation data.
 """
 
 import argparse

@@ -8,11 +8,11 @@ from typing import Any
 from benchmarks.accuracy_methods import (
     ABLATIONS,
     AFTER_TRAINING,
+    ALL_CALLBACKS,
     AS_MANY_BITS,
     BITS,
     LEARNED_TOO,
     OURS,
-    OUTPUTS_ALONE,
     SLOWER_SCALES,
     TEACHER,
     TEACHER_OF_BLOCKS,
@@ -53,8 +53,7 @@ def table(results: dict[str, Any], task: str) -> list[dict[str, str]]:
             *LEARNED_TOO,
             *ABLATIONS,
             SLOWER_SCALES,
-            OUTPUTS_ALONE,
-            OURS,
+            *ALL_CALLBACKS,
         ]:
             values = excess(results, task, width, method)
             if values:
