@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -36,18 +35,17 @@ AS_MANY_BITS = {"seq2": "int2", "ternary_a8": "bitnet"}
 BITS = {"int8": 8.0, "int4": 4.0, "int3": 3.0, "int2": 2.0, "ternary": 1.58, "binary": 1.0}
 _gptq = partial(GPTQ, forward=call_module)
 _SET_IN = partial(GradualQuantization, most_levels=4)
-_BLOCKS = (FeatureMatch(fade_below=0.1),)
-_FADE_BELOW = 1.0
 _FOUR_BITS = ("int4", "w4a8")
 _MANY_LEVELS = ("int8", "w8a8", "int4", "w4a8")  # there neither faster others nor blocks bring anything
 _THREE_LEVELS = ("ternary", "ternary_a8", "bitnet")
 OURS, AFTER_TRAINING = "ours", "after training"
-OUTPUTS_ALONE = "ours, outputs alone"
-"""Ours with a teacher that only the outputs of the model follow, not its blocks."""
-LARGE_BATCHES = "ours, large batches"
-"""The same, rounding complete after three quarters of the run: for gradients of little noise."""
 TEACHER_STAYS = "ours, teacher stays"
 """Ours as it was: the teacher counts the same to the end, what is in float is 4 times as fast at 1.58 bits, too."""
+OUTPUTS_ALONE = "ours, outputs alone"
+"""The same with a teacher that only the outputs of the model follow, not its blocks."""
+LARGE_BATCHES = "ours, large batches"
+"""Ours for gradients of little noise: blocks do not follow, rounding is complete after three quarters of the run, and
+what is in float is 8 times as fast at 1 bit, too."""
 SLOWER_SCALES = "ours, QATCallback alone, slower scales"
 ALL_CALLBACKS = (TEACHER_STAYS, OUTPUTS_ALONE, LARGE_BATCHES, OURS)
 TEACHER, TEACHER_OF_BLOCKS = " + teacher", " + teacher of blocks"
@@ -90,6 +88,23 @@ def _scale_rate(width: str) -> float:
     return 0.1 if width in _FOUR_BITS else 1.0
 
 
+def _all_callbacks(method: str, width: str, module: L.LightningModule, mask: TargetMask | None) -> list[Any]:
+    few, stays = width not in _MANY_LEVELS, method in (TEACHER_STAYS, OUTPUTS_ALONE)
+    one_bit, large = width == "binary", method == LARGE_BATCHES
+    faster = 8.0 if (width in _THREE_LEVELS and not stays) or (one_bit and large) else 4.0
+    converting = QATCallback(
+        but_head(recipes.named(width), module),
+        groups=[ParameterGroup(kind="others", lr_multiplier=faster)] if few else [],
+        scale_lr_multiplier=_scale_rate(width),
+    )
+    # layers of one bit cannot follow, and need the teacher of outputs to the end
+    followed = few and not one_bit and method in (OURS, TEACHER_STAYS)
+    blocks = (FeatureMatch(fade_below=None if stays else 0.1),) if followed else ()
+    teacher = Distillation(mask=mask, fade_below=None if one_bit or stays else 1.0, features=blocks)
+    gradual = GradualQuantization(0.75 if large else None)
+    return [converting, _gptq(), OrthogonalUpdates(), gradual, teacher]
+
+
 def callbacks_of(method: str, width: str, module: L.LightningModule, mask: TargetMask | None) -> list[Any]:
     """Return what is given to the trainer; none for a peer without a teacher, which has converted the module."""
     if method.startswith(AFTER_TRAINING):
@@ -100,20 +115,7 @@ def callbacks_of(method: str, width: str, module: L.LightningModule, mask: Targe
         )
         return [QATCallback(but_head(with_learned_scale(recipes.named(width)), module)), *ablation(mask)]
     if method in ALL_CALLBACKS:
-        few, stays = width not in _MANY_LEVELS, method == TEACHER_STAYS
-        others = ParameterGroup(kind="others", lr_multiplier=8.0 if width in _THREE_LEVELS and not stays else 4.0)
-        converting = QATCallback(
-            but_head(recipes.named(width), module),
-            groups=[others] if few else [],
-            scale_lr_multiplier=_scale_rate(width),
-        )
-        one_bit = width == "binary"  # its layers cannot follow, and its labels do not get so far without a teacher
-        blocks = _BLOCKS if method in (OURS, TEACHER_STAYS) and few and not one_bit else ()
-        if stays:
-            blocks = tuple(replace(block, fade_below=None) for block in blocks)
-        teacher = Distillation(mask=mask, fade_below=None if one_bit or stays else _FADE_BELOW, features=blocks)
-        gradual = GradualQuantization(0.75 if method == LARGE_BATCHES else None)
-        return [converting, _gptq(), OrthogonalUpdates(), gradual, teacher]
+        return _all_callbacks(method, width, module, mask)
     if method == SLOWER_SCALES:
         return [QATCallback(but_head(recipes.named(width), module), scale_lr_multiplier=_scale_rate(width))]
     if method in ABLATIONS:

@@ -40,8 +40,7 @@ def main() -> None:
         GPTQ(num_batches=8),
         OrthogonalUpdates(),
         GradualQuantization(),
-        # outputs, and those of every block, less where little is left to learn from labels
-        Distillation(fade_below=1.0, features=(FeatureMatch(fade_below=0.1),)),
+        Distillation(features=(FeatureMatch(),)),  # the outputs, and those of every block
     ]
     trainer = L.Trainer(max_epochs=10, callbacks=callbacks, **quiet)
     trainer.fit(model, data)
