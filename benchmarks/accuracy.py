@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--method", nargs="+", help="default: all")
     parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--batch-size", type=int, help="of what follows the float training; default: see TASKS")
-    parser.add_argument("--learning-rate", type=float, help="factor of that of what follows; default 1")
+    parser.add_argument("--learning-rate", type=float, default=1.0, help="factor of that of what follows")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/accuracy.json"))
     parser.add_argument("--cache", type=Path, default=Path("outputs/accuracy"), help="folder of the float models")
     parser.add_argument("--again", action="store_true", help="also what is there already")
@@ -134,7 +134,7 @@ def main() -> None:
     arguments.cache.mkdir(parents=True, exist_ok=True)
     for name, task in TASKS.items():
         then = arguments.batch_size or task.batch_sizes[1]
-        TASKS[name] = replace(task, batch_sizes=(task.batch_sizes[0], then), rate=arguments.learning_rate or 1.0)
+        TASKS[name] = replace(task, batch_sizes=(task.batch_sizes[0], then), rate=arguments.learning_rate)
     unknown = [each for each in arguments.method or () if not any(applies(each, w) for w in ("float", *WIDTHS))]
     if unknown:
         parser.error(f"no such method, or a peer that is not installed: {', '.join(unknown)}")

@@ -55,8 +55,8 @@ class Distillation(pl.Callback, ModuleHooks):
             weights), a module, a factory of one, or the path of a checkpoint, Lightning's or a ``state_dict``.
         temperature: softens both distributions, positive; for losses that take one.
         weight: factor of the teacher's loss, not negative.
-        fade_below: loss of the task, in its units, below which that weight falls in proportion to it; 1 nat is best for
-            cross-entropies. None: it does not. Labels that are certain say more than a teacher, whose errors the
+        fade_below: loss of the task, in its units, below which that weight falls in proportion to it; 1 nat served
+            cross-entropies best. None: it does not. In manual optimization it is the loss of each backward. Labels that are certain say more than a teacher, whose errors the
             student would learn, too; where they are noisy nothing changes. Leave it out where samples repeat often:
             there the loss falls by heart.
         loss: function of (student, teacher) outputs; ``temperature`` and ``mask`` are passed if it takes them. For

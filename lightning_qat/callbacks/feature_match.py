@@ -35,7 +35,7 @@ class FeatureMatch:
         weight: factor of the mean over the matched layers, not negative, also as a ramp over the run. By default 0.6
             (1 - t)^2: layers are led while rounding sets in, and in the end free to make up for each other's errors.
         select: takes what to compare from an output; by default as :class:`Distillation` does.
-        fade_below: loss of the task, in its units, below which the weight falls in proportion to it; 0.1 is best for
+        fade_below: loss of the task, in its units, below which the weight falls in proportion to it; 0.1 served
             cross-entropies. None: it does not. The logarithm in the default loss pulls however little is left to
             learn, and so would outweigh the task.
 

@@ -4,7 +4,7 @@ How far they carry is measured in ``benchmarks/README.md``, with ``GPTQ()``, ``O
 ``GradualQuantization()`` and ``Distillation()`` beside them. What no recipe can set is the learning rate: from a
 trained float model a quarter of its highest rate served down to 3 bits, half of it at 2 and 1.58 bits, all of it at 1
 bit and for ``bitnet`` (AdamW, language model of bytes, batches of 16; twice that with batches of 64); and four times
-that, below 2 bits eight times, for all that is in float, by ``ParameterGroup(kind="others", lr_multiplier=4.0)``.
+that, at 1.58 bits eight times, for all that is in float, by ``ParameterGroup(kind="others", lr_multiplier=4.0)``.
 ``Distillation(fade_below=1.0)`` lets a teacher count less where labels are certain and new. From 3 to 1.58 bits
 ``features=(FeatureMatch(fade_below=0.1),)``, by which blocks follow the teacher's, keeps more where targets have little
 noise and batches are small.
