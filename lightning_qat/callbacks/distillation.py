@@ -56,9 +56,9 @@ class Distillation(pl.Callback, ModuleHooks):
         temperature: softens both distributions, positive; for losses that take one.
         weight: factor of the teacher's loss, not negative.
         fade_below: loss of the task, in its units, below which that weight falls in proportion to it; 1 nat served
-            cross-entropies best. None: it does not. In manual optimization it is the loss of each backward. Labels that are certain say more than a teacher, whose errors the
-            student would learn, too; where they are noisy nothing changes. Leave it out where samples repeat often:
-            there the loss falls by heart.
+            cross-entropies best. None: it does not. In manual optimization it is the loss of each backward. Labels that
+            are certain say more than a teacher, whose errors the student would learn, too; where they are noisy nothing
+            changes. Leave it out where samples repeat often: there the loss falls by heart.
         loss: function of (student, teacher) outputs; ``temperature`` and ``mask`` are passed if it takes them. For
             regression use :func:`lightning_qat.losses.mean_squared_error`.
         module: dotted path of the submodule whose outputs are matched; "" finds it: the LightningModule itself if its
