@@ -3,9 +3,8 @@
     python -m benchmarks.export --output benchmarks/export.json
 
 The float models, data, batches and learning rates are those of benchmarks/accuracy.py (tasks digits and text). Each
-recipe trains from the float model with ``QATCallback(recipe), GPTQ(), OrthogonalUpdates(), GradualQuantization(),
-Distillation()``, the head stays float, and is exported as safetensors, which verifies itself. Quality is that of the
-loaded file on the test data.
+recipe trains from the float model with ``recommended_callbacks(recipe)``, the head stays float, and is exported as
+safetensors, which verifies itself. Quality is that of the loaded file on the test data.
 """
 
 import argparse
@@ -18,11 +17,9 @@ from typing import Any
 import lightning as L
 import torch
 
-from benchmarks.accuracy import float_model, quiet_trainer
-from benchmarks.accuracy_methods import but_head
-from benchmarks.accuracy_tasks import TASKS
+from benchmarks.accuracy import TASKS, but_head, float_model, quiet_trainer
 from benchmarks.output import machine, show
-from lightning_qat import GPTQ, Distillation, GradualQuantization, OrthogonalUpdates, QATCallback, recipes
+from lightning_qat import recipes, recommended_callbacks
 from lightning_qat.export import export, load
 
 METRICS = {"digits": "accuracy", "text": "bits_per_byte"}
@@ -41,10 +38,9 @@ def run(name: str, recipe: str, steps: int, seed: int, cache: Path, folder: Path
     """Train, export, load and test."""
     task = TASKS[name]
     module = float_model(task, name, recipe, seed, cache)
-    updates = OrthogonalUpdates(), GradualQuantization()
-    callbacks = [QATCallback(but_head(recipes.named(recipe), module)), GPTQ(), *updates, Distillation()]
+    callbacks = recommended_callbacks(but_head(recipes.named(recipe), module))
     L.seed_everything(seed + 1000, verbose=False)
-    quiet_trainer(steps, callbacks).fit(module, datamodule=task.data(seed + 1000, task.batch_sizes[1], steps))
+    quiet_trainer(steps, callbacks).fit(module, datamodule=task.data(seed + 1000, task.batch_size, steps))
     data: Any = task.data(0, 64, 1)
     data.setup("fit")
     batches = [next(iter(data.val_dataloader()))[0]]

@@ -1,4 +1,4 @@
-"""What other packages make of a model: weights of the blocks' linear layers, one scale per output channel.
+"""What other packages make of a model: weights of its linear layers and convolutions, one scale per output channel.
 
 Each function changes a model in place so that its layers compute with fake-quantized weights; PARQ is an optimizer and
 wraps the one of the module. Peers get what their documentation recommends for a width, and learned scales where they
@@ -19,10 +19,11 @@ WEIGHT_BITS = {"int8": 8, "w8a8": 8, "int4": 4, "w4a8": 4, "int3": 3, "int2": 2,
 WITH_INPUTS = ("w8a8", "w4a8", "bitnet")
 
 
-def blocks_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """Yield the linear layers except the head, by name."""
+def layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
+    """Yield the linear layers and convolutions except the head, by name."""
     for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and name != "head":
+        if type(module) in (nn.Linear, nn.Conv2d) and name != "head":
+            assert isinstance(module, nn.Linear | nn.Conv2d)
             yield name, module
 
 
@@ -31,33 +32,51 @@ def ste(x: Tensor, scale: Tensor, lo: float, hi: float) -> Tensor:
     return x + (torch.clamp(torch.round(x / scale), lo, hi) * scale - x).detach()
 
 
+def naive_weight(weight: Tensor, bits: int) -> Tensor:
+    """Return a weight by absolute maximum per channel, or by absolute mean at ternary and binary (BitNet)."""
+    magnitude = weight.detach().abs().flatten(1)
+    shape = (-1, *([1] * (weight.dim() - 1)))
+    if bits > 1:
+        hi = 2.0 ** (bits - 1)
+        return ste(weight, magnitude.amax(1).clamp(min=1e-8).view(shape) / hi, -hi, hi - 1)
+    mean = magnitude.mean(1).view(shape)
+    if bits == 0:
+        return ste(weight, mean.clamp(min=1e-8), -1, 1)
+    return weight + (torch.where(weight >= 0, mean, -mean) - weight).detach()
+
+
+def naive_input(input: Tensor) -> Tensor:
+    """Return an input in 8 bits by absolute maximum per token."""
+    return ste(input, input.detach().abs().amax(-1, keepdim=True).clamp(min=1e-8) / 127, -127, 127)
+
+
 class NaiveLinear(nn.Linear):
-    """Absolute maximum per channel; absolute mean at ternary and binary (BitNet); inputs absolute maximum per token."""
+    """Weights and, where asked, inputs in plain operations."""
 
     bits: int
     inputs: bool
 
     def forward(self, input: Tensor) -> Tensor:
-        """Compute with fake-quantized weight, and input where asked."""
-        magnitude = self.weight.detach().abs()
-        if self.inputs:
-            input = ste(input, input.detach().abs().amax(-1, keepdim=True).clamp(min=1e-8) / 127, -127, 127)
-        if self.bits > 1:
-            hi = 2.0 ** (self.bits - 1)
-            weight = ste(self.weight, magnitude.amax(1, keepdim=True).clamp(min=1e-8) / hi, -hi, hi - 1)
-        elif self.bits == 0:
-            weight = ste(self.weight, magnitude.mean(1, keepdim=True).clamp(min=1e-8), -1, 1)
-        else:
-            mean = magnitude.mean(1, keepdim=True)
-            weight = self.weight + (torch.where(self.weight >= 0, mean, -mean) - self.weight).detach()
-        return F.linear(input, weight, self.bias)
+        """Compute with fake-quantized weight."""
+        return F.linear(naive_input(input) if self.inputs else input, naive_weight(self.weight, self.bits), self.bias)
+
+
+class NaiveConv2d(nn.Conv2d):
+    """Weights in plain operations; inputs stay in float."""
+
+    bits: int
+    inputs: bool
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Compute with fake-quantized weight."""
+        return self._conv_forward(input, naive_weight(self.weight, self.bits), self.bias)
 
 
 def naive(model: nn.Module, width: str, example: Tensor) -> None:
-    """Replace the forward of linear layers by one in plain operations."""
-    for _, module in blocks_linears(model):
-        module.__class__ = NaiveLinear
-        module.bits, module.inputs = WEIGHT_BITS[width], width in WITH_INPUTS
+    """Replace the forward of layers by one in plain operations."""
+    for _, module in layers(model):
+        module.__class__ = NaiveLinear if isinstance(module, nn.Linear) else NaiveConv2d
+        module.bits, module.inputs = WEIGHT_BITS[width], width in WITH_INPUTS  # type: ignore[assignment]
 
 
 def torchao(model: nn.Module, width: str, example: Tensor, *, learned: bool = False) -> None:
@@ -72,7 +91,7 @@ def torchao(model: nn.Module, width: str, example: Tensor, *, learned: bool = Fa
         dtype, PerAxis(0), is_symmetric=True, is_dynamic=not learned, range_learning=learned
     )
     tokens = IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False) if width in WITH_INPUTS else None
-    names = {name for name, _ in blocks_linears(model)}
+    names = {name for name, _ in layers(model)}
     config = QATConfig(activation_config=tokens, weight_config=weight, step="prepare")
     quantize_(model, config, lambda module, name: name in names)
     if learned:
@@ -113,16 +132,21 @@ def _brevitas_quantizer(bits: int) -> Any:
 
 
 def brevitas(model: nn.Module, width: str, example: Tensor) -> None:
-    """Replace linear layers by ``brevitas.nn.QuantLinear`` with learned scales (8 bits: recomputed)."""
-    from brevitas.nn import QuantLinear
+    """Replace layers by those of ``brevitas.nn`` with learned scales (8 bits: recomputed)."""
+    from brevitas.nn import QuantConv2d, QuantLinear
     from brevitas.quant import Int8ActPerTensorFloat
 
     inputs = Int8ActPerTensorFloat if width in WITH_INPUTS else None
-    for name, module in blocks_linears(model):
-        layer = QuantLinear(
-            module.in_features, module.out_features, module.bias is not None,
-            weight_quant=_brevitas_quantizer(WEIGHT_BITS[width]), input_quant=inputs,
-        )  # fmt: skip
+    quantizers = {"weight_quant": _brevitas_quantizer(WEIGHT_BITS[width]), "input_quant": inputs}
+    for name, module in layers(model):
+        bias = module.bias is not None
+        if isinstance(module, nn.Linear):
+            layer = QuantLinear(module.in_features, module.out_features, bias, **quantizers)
+        else:
+            layer = QuantConv2d(
+                module.in_channels, module.out_channels, module.kernel_size, module.stride, module.padding,
+                module.dilation, module.groups, module.padding_mode, bias, **quantizers,
+            )  # fmt: skip
         layer.weight.data.copy_(module.weight.data)
         if module.bias is not None:
             layer.bias.data.copy_(module.bias.data)
@@ -142,7 +166,7 @@ def parq(module: L.LightningModule, width: str) -> None:
     def configure_optimizers() -> Any:
         built: Any = own()
         base, schedule = built["optimizer"], built["lr_scheduler"]["scheduler"].lr_lambdas[0]
-        chosen = {id(layer.weight) for _, layer in blocks_linears(module)}
+        chosen = {id(layer.weight) for _, layer in layers(module)}
         for group in list(base.param_groups):
             quantized = [p for p in group["params"] if id(p) in chosen]
             if quantized:
@@ -175,11 +199,13 @@ class Peer:
         package: the distribution that must be installed; None for plain torch.
         widths: what it offers.
         convert: changes the model; None for PARQ.
+        convolutions: whether it also quantizes these.
     """
 
     package: str | None
     widths: tuple[str, ...]
     convert: Callable[[nn.Module, str, Tensor], None] | None
+    convolutions: bool = True
 
     @property
     def installed(self) -> bool:
@@ -190,8 +216,8 @@ class Peer:
 _INTEGERS = ("int8", "int4", "int3", "int2", "w8a8", "w4a8")
 PEERS: dict[str, Peer] = {
     "naive STE": Peer(None, tuple(WEIGHT_BITS), naive),
-    "torchao": Peer("torchao", _INTEGERS, torchao),
-    "torchao range learning": Peer("torchao", ("int4", "int3", "int2"), torchao_learned),
+    "torchao": Peer("torchao", _INTEGERS, torchao, convolutions=False),
+    "torchao range learning": Peer("torchao", ("int4", "int3", "int2"), torchao_learned, convolutions=False),
     "torchao PARQ": Peer("torchao", ("int4", "int3", "int2", "ternary", "binary"), None),
     "brevitas": Peer("brevitas", tuple(WEIGHT_BITS), brevitas),
 }

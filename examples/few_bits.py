@@ -8,22 +8,13 @@ from typing import Any
 
 import lightning as L
 
-from lightning_qat import (
-    GPTQ,
-    Distillation,
-    FeatureMatch,
-    GradualQuantization,
-    OrthogonalUpdates,
-    ParameterGroup,
-    QATCallback,
-    recipes,
-)
+from lightning_qat import recipes, recommended_callbacks
 from lightning_qat.data import DigitsData
 from lightning_qat.models import SequenceClassifier
 
 
 def main() -> None:
-    """Train in float, then at 2 bits: rounding sets in gradually, orthogonal updates, the float weights as teacher."""
+    """Train in float, then at 2 bits: rounding sets in gradually, orthogonal updates, the float model as teacher."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--fast", action="store_true", help="two batches only")
     fast = parser.parse_args().fast
@@ -34,14 +25,9 @@ def main() -> None:
     L.Trainer(max_epochs=20, **quiet).fit(model, data)
 
     model.learning_rate = 1.5e-3  # half of the float training's: 2 bits and below want more than a float model does
-    faster = ParameterGroup(kind="others", lr_multiplier=4.0)  # biases, norms, layers in float
-    callbacks = [
-        QATCallback(recipes.int2(), groups=[faster]),
-        GPTQ(num_batches=8),
-        OrthogonalUpdates(),
-        GradualQuantization(),
-        Distillation(features=(FeatureMatch(),)),  # the outputs, and those of every block
-    ]
+    callbacks = recommended_callbacks(recipes.int2())
+    for callback in callbacks:
+        print(callback)  # the list could be written down like this, and changed
     trainer = L.Trainer(max_epochs=10, callbacks=callbacks, **quiet)
     trainer.fit(model, data)
     trainer.test(model, data)

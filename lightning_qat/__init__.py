@@ -21,6 +21,8 @@ from lightning_qat.callbacks import (
     ReasoningMatch,
     Regularization,
     TwoStageSchedule,
+    faster_others,
+    recommended_callbacks,
 )
 from lightning_qat.conversion import (
     ConversionReport,
@@ -141,11 +143,13 @@ __all__ = [
     "bake",
     "calibrate",
     "codes",
+    "faster_others",
     "float_weights",
     "gptq",
     "load_checkpoint",
     "merge_lora",
     "prepare",
     "recipes",
+    "recommended_callbacks",
     "unprepare",
 ]

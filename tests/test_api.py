@@ -12,7 +12,8 @@ EXPECTED = {
     "ProgressiveBitWidth", "QATCallback", "QuantizationStatistics", "QuantizedTensor", "QuantizerSpec",
     "ReasoningMatch", "Recipe", "Regularization", "Rule", "Soft", "StraightThrough", "Ternary",
     "TwoStageSchedule", "accumulation_window", "add_lora", "adopt_peft", "allocate_bits", "bake", "calibrate",
-    "codes", "float_weights", "gptq", "load_checkpoint", "merge_lora", "prepare", "recipes", "unprepare",
+    "codes", "faster_others", "float_weights", "gptq", "load_checkpoint", "merge_lora", "prepare", "recipes",
+    "recommended_callbacks", "unprepare",
 }  # fmt: skip
 
 

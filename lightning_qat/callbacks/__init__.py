@@ -19,6 +19,7 @@ from lightning_qat.callbacks.plateau import PlateauBitWidth
 from lightning_qat.callbacks.progressive import ProgressiveBitWidth
 from lightning_qat.callbacks.qat import QATCallback
 from lightning_qat.callbacks.reasoning import ReasoningMatch
+from lightning_qat.callbacks.recommended import faster_others, recommended_callbacks
 from lightning_qat.callbacks.regularization import Regularization
 from lightning_qat.callbacks.statistics import QuantizationStatistics
 from lightning_qat.callbacks.two_stage import TwoStageSchedule
@@ -49,4 +50,6 @@ __all__ = [
     "Regularization",
     "TargetMask",
     "TwoStageSchedule",
+    "faster_others",
+    "recommended_callbacks",
 ]

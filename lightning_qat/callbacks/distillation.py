@@ -58,7 +58,7 @@ class Distillation(pl.Callback, ModuleHooks):
         fade_below: loss of the task, in its units, below which that weight falls in proportion to it; 1 nat served
             cross-entropies best. None: it does not. In manual optimization it is the loss of each backward. Labels that
             are certain say more than a teacher, whose errors the student would learn, too; where they are noisy nothing
-            changes. Leave it out where samples repeat often: there the loss falls by heart.
+            changes. Only in the first epoch: when samples repeat, the loss also falls by heart, and the weight stays.
         loss: function of (student, teacher) outputs; ``temperature`` and ``mask`` are passed if it takes them. For
             regression use :func:`lightning_qat.losses.mean_squared_error`.
         module: dotted path of the submodule whose outputs are matched; "" finds it: the LightningModule itself if its
@@ -207,21 +207,22 @@ class Distillation(pl.Callback, ModuleHooks):
     def _added(self, pl_module: "pl.LightningModule", task: Tensor) -> Tensor:
         calls, self._calls[:] = self._matched_calls(pl_module), []
         mask = None if self.mask is None else self.mask(self._batch)
-        terms = [self._terms(call, mask, task, pl_module) for call in calls]
+        new = task if pl_module.current_epoch == 0 else None  # later, a low loss does not tell what is learned
+        terms = [self._terms(call, mask, new, pl_module) for call in calls]
         total = torch.stack([term["total"].to(task.device) for term in terms]).sum()
         if pl_module.trainer._logger_connector.should_update_logs:  # at other steps nobody would see it
             self._log(pl_module, task, total, terms)
         return task + total
 
     def _terms(
-        self, call: Call, mask: Tensor | None, task: Tensor, pl_module: "pl.LightningModule"
+        self, call: Call, mask: Tensor | None, task: Tensor | None, pl_module: "pl.LightningModule"
     ) -> dict[str, Tensor]:
         layers = {name: self.teacher.counterpart(self._in_teacher(name)) for name in self._inside()}
         output, theirs = self.teacher(call.name, call.args, call.kwargs, layers)
         student = self._tensor(call.output, call.name, pl_module)
         teacher = self._tensor(output, call.name, pl_module)
         loss = self.loss(student, teacher, **self._options, **({} if self.mask is None else {"mask": mask}))
-        terms = {"loss": loss, "total": faded(self.weight, task.to(loss.device), self.fade_below) * loss}
+        terms = {"loss": loss, "total": faded(loss, self.weight, self.fade_below, task)}
         if self.features:
             done = pl_module.trainer.global_step / self._num_steps
             terms["features"] = self._feature_loss(call.features, theirs, mask, task, done)
@@ -235,12 +236,12 @@ class Distillation(pl.Callback, ModuleHooks):
         return terms
 
     def _feature_loss(
-        self, ours: dict[str, Any], theirs: dict[str, Any], mask: Tensor | None, task: Tensor, done: float
+        self, ours: dict[str, Any], theirs: dict[str, Any], mask: Tensor | None, task: Tensor | None, done: float
     ) -> Tensor:
         losses = []
         for feature, matched in zip(self.features, self._layers, strict=True):
             loss = feature.mean_loss(matched, ours, theirs, mask)
-            losses.append(faded(value_at(feature.weight, done), task.to(loss.device), feature.fade_below) * loss)
+            losses.append(faded(loss, value_at(feature.weight, done), feature.fade_below, task))
         return torch.stack(losses).sum()
 
     def _reasoning_terms(

@@ -3,17 +3,22 @@
 from torch import Tensor
 
 
-def faded(weight: float, task: Tensor, below: float | None) -> float | Tensor:
-    """Return a weight, times the loss of the task in units of ``below`` where that is less than 1.
+def faded(loss: Tensor, weight: float, below: float | None, task: Tensor | None) -> Tensor:
+    """Return a weighted loss, times the loss of the task in units of ``below`` where that is less than 1.
 
     Args:
-        weight: what it is above.
-        task: loss of the task, a scalar; no gradient passes.
-        below: positive, in the units of the loss. None: the weight stays.
+        loss: of the teacher, a scalar.
+        weight: its factor where the task's loss is not below.
+        below: positive, in the units of the task's loss. None: the weight stays.
+        task: loss of the task on samples that are new, a scalar; no gradient passes. None: they are not new, so that it
+            tells how well they are known by heart, and the weight stays.
 
     Example:
         >>> import torch
-        >>> [float(faded(4.0, torch.tensor(loss), 1.0)) for loss in (2.0, 0.25, -1.0)]
+        >>> one = torch.ones(())
+        >>> [float(faded(one, 4.0, 1.0, torch.tensor(task))) for task in (2.0, 0.25, -1.0)]
         [4.0, 1.0, 0.0]
     """
-    return weight if below is None else weight * (task.detach() / below).clamp(0, 1)
+    if below is None or task is None:
+        return weight * loss
+    return weight * (task.detach().to(loss.device) / below).clamp(0, 1) * loss

@@ -36,8 +36,8 @@ class FeatureMatch:
             (1 - t)^2: layers are led while rounding sets in, and in the end free to make up for each other's errors.
         select: takes what to compare from an output; by default as :class:`Distillation` does.
         fade_below: loss of the task, in its units, below which the weight falls in proportion to it; 0.1 served
-            cross-entropies. None: it does not. The logarithm in the default loss pulls however little is left to
-            learn, and so would outweigh the task.
+            cross-entropies. None: it does not. Only in the first epoch, as that of `Distillation`. The logarithm in
+            the default loss pulls however little is left to learn, and so would outweigh the task.
 
     Raises:
         TypeError: a match that is no text.

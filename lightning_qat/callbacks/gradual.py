@@ -15,8 +15,8 @@ from lightning_qat.quantization._checks import check_positive
 from lightning_qat.quantization.grid import Ternary
 from lightning_qat.quantization.quantizer import FakeQuantizer
 
-_LEARNED, _RECOMPUTED = (0.3, 2.0), (0.8, 2.0)
-_TWO_LEARNED, _TWO_RECOMPUTED = (0.9, 4.0), (0.6, 2.0)
+_LEARNED, _RECOMPUTED = (0.3, 2.0), (0.75, 2.0)
+_TWO_LEARNED, _TWO_RECOMPUTED = (0.75, 4.0), (0.6, 2.0)
 """Shares of the run over which rounding sets in, and powers: where scales are learned or recomputed; two levels."""
 
 _LEAST: Final = 1e-4
@@ -45,8 +45,8 @@ class GradualQuantization(pl.Callback):
     complete), or on a GPU, the forward of linear layers is not fused then.
 
     Args:
-        fraction: share of the run's optimizer steps, in (0, 1]. None: 0.3 where scales are learned (or stored), 0.8
-            where they are recomputed from the weights in each step; for two levels 0.9 and 0.6.
+        fraction: share of the run's optimizer steps, in (0, 1]. None: 0.3 where scales are learned (or stored), 0.75
+            where they are recomputed from the weights in each step; for two levels 0.75 and 0.6.
         match: glob over dotted layer names.
         most_levels: of the grids that it is for, 2 or more: 4 is 2 bits, 8 is 3 bits. Where ``ProgressiveBitWidth``
             changes grids, that of the step counts. None: 3 where scales are learned (or stored), 8 where they are

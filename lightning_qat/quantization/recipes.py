@@ -1,13 +1,10 @@
 """Named recipes. Each says what it rests on.
 
-How far they carry is measured in ``benchmarks/README.md``, with ``GPTQ()``, ``OrthogonalUpdates()``,
-``GradualQuantization()`` and ``Distillation()`` beside them. What no recipe can set is the learning rate: from a
+How far they carry is measured in ``benchmarks/README.md``, with :func:`lightning_qat.recommended_callbacks` beside
+them: ``GPTQ()``, ``OrthogonalUpdates()``, ``GradualQuantization()``, ``Distillation(fade_below=1.0)``, and all that is
+in float 4 times (3 and 2 bits) or 8 times as fast (1.58 and 1 bit). What no recipe can set is the learning rate: from a
 trained float model a quarter of its highest rate served down to 3 bits, half of it at 2 and 1.58 bits, all of it at 1
-bit and for ``bitnet`` (AdamW, language model of bytes, batches of 16; twice that with batches of 64); and four times
-that, at 1.58 bits eight times, for all that is in float, by ``ParameterGroup(kind="others", lr_multiplier=4.0)``.
-``Distillation(fade_below=1.0)`` lets a teacher count less where labels are certain and new. From 3 to 1.58 bits
-``features=(FeatureMatch(fade_below=0.1),)``, by which blocks follow the teacher's, keeps more where targets have little
-noise and batches are small.
+bit and for ``bitnet`` (AdamW, language model of bytes, batches of 16; twice that with batches of 64).
 """
 
 import difflib

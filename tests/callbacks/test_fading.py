@@ -55,6 +55,29 @@ def test_equals_the_loss_written_by_hand(outputs: float | None, features: float 
         )
 
 
+def test_samples_that_come_again_have_the_whole_teacher() -> None:
+    """From the second epoch on the loss of the task tells what is known by heart, and nothing fades."""
+
+    class ByHand(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            first = self.first(batch[0])
+            logits = self.head(first.relu())
+            task = F.cross_entropy(logits, batch[1])
+            share = min(1.0, float(task.detach()) / 100.0) if self.current_epoch == 0 else 1.0
+            taught = kl_divergence(logits, teacher(batch[0]), temperature=1.0)
+            hints = hidden_state_mse(first, teacher.first(batch[0]))
+            total: Tensor = task + share * (3.0 * taught + 2.0 * hints)
+            return total
+
+    teacher = frozen()
+    model, by_hand = Net(optimizer=sgd), ByHand(optimizer=sgd)
+    match = FeatureMatch("first", hidden_state_mse, 2.0, fade_below=100.0)
+    fit(model, Distillation(frozen(), weight=3.0, fade_below=100.0, features=(match,)), max_epochs=3)
+    fit(by_hand, max_epochs=3)
+    for name, value in state(by_hand).items():
+        torch.testing.assert_close(state(model)[name], value, rtol=1e-5, atol=1e-6)
+
+
 def test_a_task_that_is_learned_or_negative_has_no_teacher() -> None:
     class Finished(Net):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:

@@ -81,7 +81,7 @@ def test_two_levels_and_scales_that_are_recomputed_take_longer() -> None:
     model.more, model.most = nn.Linear(8, 8), nn.Linear(8, 8)
     fit(model, QATCallback(Recipe((*own, *learned("ternary").rules))), GradualQuantization(), train=loader(64))
     steps = [step / 8 for step in range(8)]
-    settings = (0.8, 2), (0.9, 4), (0.6, 2), (0.3, 2)
+    settings = (0.75, 2), (0.75, 4), (0.6, 2), (0.3, 2)
     expected = [tuple(max(0.0, 1 - step / share) ** power for share, power in settings) for step in steps]
     torch.testing.assert_close(torch.tensor(seen), torch.tensor(expected))
 
@@ -116,7 +116,7 @@ def test_a_grid_of_two_levels_that_comes_late_is_soft_still() -> None:
     seen: list[float] = []
     drops = ProgressiveBitWidth({0: 8, 4: 1}, unit="step")
     fit(Late(), QATCallback(recipes.int4()), drops, GradualQuantization(), train=loader(64))
-    expected = [0.0] * 4 + [(1 - step / 8 / 0.9) ** 4 for step in range(4, 8)]
+    expected = [0.0] * 4 + [max(0.0, 1 - step / 8 / 0.75) ** 4 for step in range(4, 8)]
     torch.testing.assert_close(torch.tensor(seen), torch.tensor([x if x >= 1e-4 else 0.0 for x in expected]))
 
 
