@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Final, final
 
@@ -53,7 +53,6 @@ class QATCallback(pl.Callback, ModuleHooks):
         scale_lr_multiplier: learning rate of scales relative to that of their weights, positive. At 4 bits 0.1 keeps
             more of a model (``benchmarks/README.md``); it needs a scheduler that keeps the rates of groups apart.
         groups: learning rate and weight decay of some weights, scales or temperatures; the first that matches decides.
-            Several of them may stand for one, as what `faster_others` returns does in a config.
 
     Raises:
         TypeError: a recipe or group of the wrong kind.
@@ -73,7 +72,7 @@ class QATCallback(pl.Callback, ModuleHooks):
         *,
         arithmetic: str = "auto",
         scale_lr_multiplier: float = 1.0,
-        groups: Iterable[ParameterGroup | Sequence[ParameterGroup]] = (),
+        groups: Iterable[ParameterGroup] = (),
     ) -> None:
         if recipe is not None and not isinstance(recipe, Recipe):
             raise TypeError(f"QATCallback: recipe={recipe!r} is not a Recipe; try recipes.int4()")
@@ -286,11 +285,10 @@ def _restore_grids(pl_module: nn.Module, checkpoint: dict[str, Any]) -> None:
             quantizer.set_extra_state(torch.tensor(grids[name]))
 
 
-def _checked(groups: Iterable[ParameterGroup | Sequence[ParameterGroup]]) -> tuple[ParameterGroup, ...]:
+def _checked(groups: Iterable[ParameterGroup]) -> tuple[ParameterGroup, ...]:
     if isinstance(groups, ParameterGroup):
         raise TypeError(f"QATCallback: groups={groups.label} is one group; give a list, [{groups!r}]")
-    several = (each if isinstance(each, Sequence) and not isinstance(each, str) else [each] for each in groups)
-    found = tuple(itertools.chain.from_iterable(several))
+    found = tuple(groups)
     for index, group in enumerate(found):
         if not isinstance(group, ParameterGroup):
             raise TypeError(f"QATCallback: groups[{index}]={group!r} is not a ParameterGroup")

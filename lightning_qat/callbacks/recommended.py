@@ -15,39 +15,31 @@ from lightning_qat.callbacks.parameter_group import ParameterGroup
 from lightning_qat.callbacks.qat import QATCallback
 from lightning_qat.callbacks.running import Forward
 from lightning_qat.callbacks.teacher import TeacherSource
-from lightning_qat.quantization.recipe import DEFAULT_TYPES, Recipe
+from lightning_qat.quantization.recipe import Recipe
 
 _FASTER: Final = ((3, 8.0), (8, 4.0))
-"""Levels up to which what is in float learns so many times as fast."""
+"""Levels up to which all that is in float learns so many times as fast."""
 
 
-def faster_others(recipe: Recipe) -> tuple[ParameterGroup, ...]:
-    """Return groups for all that is in float, as much faster as the coarsest weights of a recipe want it.
+def faster_others(recipe: Recipe) -> ParameterGroup:
+    """Return the group of all that is in float, as much faster as the coarsest weights of a recipe want it.
 
-    Eight times as fast at 1 and 1.58 bits, four times at 2 and 3 bits, beyond that none. Biases, norms and embeddings
-    make up for what weights on few levels cannot say. Layers that a rule leaves in float by name, ``Rule("head",
-    None)``, keep their rate: where samples repeat, a fast head learns them by heart. The figures are in
-    ``benchmarks/README.md``.
+    Eight times as fast at 1 and 1.58 bits, four times at 2 and 3 bits, beyond that not. Biases, norms, embeddings and
+    layers in float make up for what weights on few levels cannot say; the figures are in ``benchmarks/README.md``.
 
     Raises:
         TypeError: a recipe of another kind.
 
     Example:
         >>> from lightning_qat import recipes
-        >>> [faster_others(recipe())[0].lr_multiplier for recipe in (recipes.ternary, recipes.int2)]
-        [8.0, 4.0]
-        >>> faster_others(recipes.int4())
-        ()
+        >>> [faster_others(recipe()).lr_multiplier for recipe in (recipes.ternary, recipes.int2, recipes.int4)]
+        [8.0, 4.0, 1.0]
     """
     _check(recipe, "faster_others")
     weights = [rule.spec.weight for rule in recipe.rules if rule.spec is not None and rule.spec.weight is not None]
     fewest = min((weight.grid.num_levels for weight in weights), default=_FASTER[-1][0] + 1)
-    multiplier = next((factor for levels, factor in _FASTER if fewest <= levels), None)
-    if multiplier is None:
-        return ()
-    left_out = [rule.match for rule in recipe.rules if rule.spec is None and rule.types == DEFAULT_TYPES]
-    kept = (ParameterGroup(match, kind="others", lr_multiplier=1.0) for match in left_out)
-    return (*kept, ParameterGroup(kind="others", lr_multiplier=multiplier))
+    multiplier = next((factor for levels, factor in _FASTER if fewest <= levels), 1.0)
+    return ParameterGroup(kind="others", lr_multiplier=multiplier)
 
 
 def recommended_callbacks(
@@ -59,7 +51,7 @@ def recommended_callbacks(
 ) -> list[pl.Callback]:
     """Return the callbacks that keep most of a trained float model, for any task: one set for each width.
 
-    They are what ``benchmarks/README.md`` calls ours: ``QATCallback(recipe, groups=faster_others(recipe))``,
+    They are what ``benchmarks/README.md`` calls ours: ``QATCallback(recipe, groups=(faster_others(recipe),))``,
     ``Calibration()``, ``GPTQ()``, ``OrthogonalUpdates()``, ``GradualQuantization()`` and
     ``Distillation(fade_below=1.0)``, otherwise with their defaults. Each has its part in the result there; write the
     list down to leave one out or change it. They train with the optimizer and schedule of the module, which should be
@@ -83,8 +75,9 @@ def recommended_callbacks(
         ['QATCallback', 'Calibration', 'GPTQ', 'OrthogonalUpdates', 'GradualQuantization', 'Distillation']
     """
     _check(recipe, "recommended_callbacks")
+    others = faster_others(recipe)
     return [
-        QATCallback(recipe, groups=faster_others(recipe)),
+        QATCallback(recipe, groups=() if others.lr_multiplier == 1 else (others,)),
         Calibration(forward=forward),
         GPTQ(forward=forward),
         OrthogonalUpdates(),

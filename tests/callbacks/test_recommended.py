@@ -14,7 +14,6 @@ from lightning_qat import (
     Int,
     LayerSpec,
     OrthogonalUpdates,
-    ParameterGroup,
     PerTensor,
     QATCallback,
     QuantizerSpec,
@@ -33,48 +32,22 @@ FACTORS = {
 }  # fmt: skip
 
 
-def factor(recipe: Recipe) -> float | None:
-    groups = faster_others(recipe)
-    return groups[-1].lr_multiplier if groups else 1
-
-
 def test_every_recipe_has_its_factor() -> None:
-    assert {name: factor(recipes.named(name)) for name in recipes.names()} == FACTORS
+    assert {name: faster_others(recipes.named(name)).lr_multiplier for name in recipes.names()} == FACTORS
 
 
-def test_the_coarsest_weights_decide() -> None:
-    rules = (Rule("first", recipes.int8().rules[0].spec), *recipes.int2().rules)
-    assert factor(Recipe(rules)) == 4
+def test_the_coarsest_weights_decide_and_float_layers_do_not_count() -> None:
+    rules = (Rule("head", None), Rule("first", recipes.int8().rules[0].spec), *recipes.int2().rules)
+    assert faster_others(Recipe(rules)).lr_multiplier == 4.0
     inputs_alone = Recipe((Rule("*", LayerSpec(input=QuantizerSpec(Int(2), PerTensor(), AbsMax()))),))
-    assert factor(inputs_alone) == 1
-
-
-def test_layers_that_a_rule_leaves_in_float_keep_their_rate() -> None:
-    class Watched(Net):
-        def on_train_start(self) -> None:
-            for group in self.optimizers().param_groups:  # type: ignore[union-attr]
-                rates.update({id(parameter): group["lr"] for parameter in group["params"]})
-
-    rates: dict[int, float] = {}
-    model = Watched()
-    fit(model, *recommended_callbacks(Recipe((Rule("head", None), *recipes.ternary().rules))))
-    found = [rates[id(model.get_parameter(name))] for name in ("first.bias", "head.weight", "head.bias")]
-    assert found == pytest.approx([8e-2, 1e-2, 1e-2])
-
-
-def test_groups_of_a_list_may_be_several() -> None:
-    """As a config has them, where an entry is a call."""
-    faster, own = faster_others(recipes.ternary()), ParameterGroup(kind="weights", weight_decay=0.0)
-    assert QATCallback(recipes.ternary(), groups=[faster, own]).groups == (*faster, own)
-    with pytest.raises(TypeError, match="ParameterGroup"):
-        QATCallback(recipes.ternary(), groups=[[1.0]])  # type: ignore[list-item]
+    assert faster_others(inputs_alone).lr_multiplier == 1.0
 
 
 @pytest.mark.parametrize("name", sorted(FACTORS))
 def test_a_run_equals_the_list_written_down(name: str) -> None:
     """Also where a part has nothing to do, as GPTQ where no scale is stored."""
     recipe = recipes.named(name)
-    groups = () if FACTORS[name] == 1 else (ParameterGroup(kind="others", lr_multiplier=FACTORS[name]),)
+    groups = () if FACTORS[name] == 1 else (faster_others(recipe),)
     written: list[Any] = [
         QATCallback(recipe, groups=groups),
         GPTQ(),
