@@ -22,7 +22,7 @@ A softness is that of weights while ``GradualQuantization`` lets their rounding 
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -87,12 +87,19 @@ def rows_of(pairs: Pairs) -> list[dict[str, Any]]:
     return rows
 
 
+def _check_only(only: list[str] | None, known: Iterable[str]) -> None:
+    """Leave with a message where a name is none of a variant: a misspelled one would measure the base alone."""
+    if unknown := set(only or ()) - set(known):
+        raise SystemExit(f"--only: no variant {', '.join(sorted(unknown))}; choose from {', '.join(known)}")
+
+
 def step_times(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure training steps."""
     shape = SHAPES[arguments.model]
     shape = replace(shape, batch=1, sequence=1) if arguments.one_token else shape
     batches = [shape.example(arguments.device) for _ in range(arguments.micro_batches)]
     runs, built = {}, variants()
+    _check_only(arguments.only, built)
     torch._dynamo.config.recompile_limit = 2 * len(built)  # all share the code of the model: it is compiled for each
     for name, build in built.items():
         if name != "float" and arguments.only and name not in arguments.only:
@@ -117,6 +124,7 @@ def quantizer_times(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     x = nn.Parameter(torch.randn(arguments.elements, arguments.elements, device=arguments.device))
     grad, modules = torch.randn_like(x), quantizers(x)
     modules |= {f"{name} compiled": torch.compile(modules[name]) for name in modules}
+    _check_only(arguments.only, modules)
     chosen = {name: module for name, module in modules.items() if not arguments.only or name in arguments.only}
 
     def run(module: nn.Module) -> Callable[[], object]:
