@@ -1,6 +1,7 @@
 """What is left of a model at 8 to 1 bits: our recipes, peers and the float model, for the same training budget.
 
     python -m benchmarks.accuracy --task text --width int2 ternary --seed 0 1 2     # adds to benchmarks/accuracy.json
+    python -m benchmarks.accuracy --task digits images --resplit --seed {0..19} --output benchmarks/accuracy_digits.json
     python -m benchmarks.accuracy --report                                           # table and plot of what is there
 
 A float model is trained for a fixed number of steps. From its weights, each with a third of those steps and of those
@@ -27,6 +28,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from scipy.stats import sem, t
 
 from benchmarks.learned import with_learned_scale
 from benchmarks.output import machine
@@ -51,6 +53,7 @@ from lightning_qat import (
 from lightning_qat.callbacks import TargetMask
 from lightning_qat.callbacks.running import call_module  # predict_step of the arithmetic task writes whole solutions
 from lightning_qat.data import ArithmeticData, DigitImages, DigitsData, TextData
+from lightning_qat.data.digits import AbstractDigits
 from lightning_qat.models import ArithmeticModel, ConvNet, LanguageModel, SequenceClassifier
 
 # Tasks ----------------------------------------------------------------------------------------------------------------
@@ -83,6 +86,10 @@ def _text(seed: int, batch_size: int, num_batches: int) -> L.LightningDataModule
     return TextData(sequence_length=64, batch_size=batch_size, num_train_batches=num_batches, seed=seed)
 
 
+def _digits(kind: type[AbstractDigits], split: int, seed: int, batch_size: int, _: int) -> L.LightningDataModule:
+    return kind(batch_size, seed=seed, split_seed=split)
+
+
 def _arithmetic(seed: int, batch_size: int, num_batches: int) -> L.LightningDataModule:
     return ArithmeticData((1, 2), batch_size=batch_size, num_train=batch_size * num_batches, num_val=64, seed=seed)
 
@@ -91,9 +98,9 @@ FLOAT_BATCH_SIZE = 64
 TASKS = {
     "digits": Task(
         partial(SequenceClassifier, 10, embed_dim=8, hidden_size=64, num_heads=4, num_layers=2, window_size=8),
-        lambda seed, batch_size, _: DigitsData(batch_size, seed=seed), 900, 3e-3,
+        partial(_digits, DigitsData, 0), 900, 3e-3,
     ),
-    "images": Task(partial(ConvNet, 10), lambda seed, batch_size, _: DigitImages(batch_size, seed=seed), 600, 1e-2),
+    "images": Task(partial(ConvNet, 10), partial(_digits, DigitImages, 0), 600, 1e-2),
     "text": Task(
         partial(LanguageModel, hidden_size=64, num_heads=4, num_layers=2, window_size=64), _text, 1500, 4e-3, rate=2.0
     ),
@@ -102,6 +109,7 @@ TASKS = {
         TargetMask(), rate=1.41421356,
     ),
 }  # fmt: skip
+DIGITS = {"digits": DigitsData, "images": DigitImages}
 # Of the highest learning rate of the float training; the same for all methods. Chosen for plain LSQ on the validation
 # data of the text with batches of 16, for the float reference, too; `Task.rate` goes with the square root of batches.
 RATES = {"ternary": 0.5, "bitnet": 0.5, "ternary_a8": 0.5, "int2": 0.5, "seq2": 0.5, "binary": 1.0}
@@ -119,13 +127,13 @@ REFERENCES = ("float", "float + teacher", "float + teacher of blocks")
 AFTER_TRAINING = ("after training", "after training, absmax")
 TEACHER, TEACHER_OF_BLOCKS = " + teacher", " + teacher of blocks"
 OURS, ALONE, LEARNED = "ours", "ours, QATCallback alone", "ours, learned scale"
-STAYS, SMALL_BATCHES = "ours, teacher stays", "ours, small batches"
+STAYS, SURE, SMALL_BATCHES = "ours, teacher stays", "ours, teacher as sure", "ours, small batches"
 WITHOUT = {
     "ours, without teacher": Distillation,
     "ours, without orthogonal updates": OrthogonalUpdates,
     "ours, rounding at once": GradualQuantization,
 }
-ABLATIONS = (ALONE, LEARNED, *WITHOUT, "ours, others no faster", STAYS, SMALL_BATCHES)
+ABLATIONS = (ALONE, LEARNED, *WITHOUT, "ours, others no faster", STAYS, SURE, SMALL_BATCHES)
 """Ours with less: beside the table's own methods, by name. A learned scale is what recipes had, and peers have."""
 
 
@@ -151,7 +159,9 @@ def _ours(method: str, width: str, module: L.LightningModule, mask: TargetMask |
     if method == "ours, others no faster":
         callbacks[0] = QATCallback(recipe)
     if method == STAYS:
-        callbacks[-1] = Distillation(mask=mask)
+        callbacks[-1] = Distillation(mask=mask, max_odds=100.0)
+    if method == SURE:
+        callbacks[-1] = Distillation(mask=mask, fade_below=1.0)
     return [each for each in callbacks if not isinstance(each, WITHOUT.get(method, ()))]
 
 
@@ -231,9 +241,11 @@ def _evaluate(task: Task, module: L.LightningModule, callbacks: list[Any]) -> di
     return {name.removeprefix("test_"): float(value) for name, value in found.items()}
 
 
-def float_model(task: Task, name: str, width: str, seed: int, folder: Path) -> L.LightningModule:
+def float_model(
+    task: Task, name: str, width: str, seed: int, folder: Path, *, resplit: bool = False
+) -> L.LightningModule:
     """Return the float model of a seed, ready to go on from; trained at the first call."""
-    path = folder / f"{name}{seed}_{task.steps}.pt"
+    path = folder / f"{name}{seed}_{task.steps}{'_resplit' if resplit else ''}.pt"
     if not path.is_file():
         module = _module(task, seed, 1.0, 0.1)
         _fit(module, task.data(seed, FLOAT_BATCH_SIZE, task.steps), seed, task.steps, [])
@@ -243,10 +255,12 @@ def float_model(task: Task, name: str, width: str, seed: int, folder: Path) -> L
     return module
 
 
-def run(name: str, width: str, method: str, seed: int, folder: Path) -> dict[str, float]:
-    """Return the test metrics of one training."""
+def run(name: str, width: str, method: str, seed: int, folder: Path, *, resplit: bool = False) -> dict[str, float]:
+    """Return the test metrics of one training; of digits, also with a split of the samples of the seed's own."""
     task = TASKS[name]
-    module = float_model(task, name, width, seed, folder)
+    if resplit:
+        task = replace(task, data=partial(_digits, DIGITS[name], seed))
+    module = float_model(task, name, width, seed, folder, resplit=resplit)
     callbacks = callbacks_of(method, width, module, task.mask)
     peer = PEERS.get(_peer(method))
     if peer is not None:
@@ -270,14 +284,12 @@ def _example(task: Task) -> torch.Tensor:
 
 # Report ---------------------------------------------------------------------------------------------------------------
 
-T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57}  # Student's t, two-sided, for so many seeds
-
 
 def summary(values: list[float]) -> tuple[float, float]:
     """Return the mean and half of its 95 % confidence interval."""
     if len(values) < 2:
         return values[0], math.nan
-    return statistics.fmean(values), T_95[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
+    return statistics.fmean(values), float(sem(values) * t.ppf(0.975, len(values) - 1))
 
 
 def excess(results: dict[str, Any], task: str, width: str, method: str) -> list[float]:
@@ -392,7 +404,7 @@ def _carry_out(arguments: argparse.Namespace, task: str, width: str, method: str
     if str(seed) in _read(arguments.output)["results"].get(key, {}) and not arguments.again:
         return
     began = time.perf_counter()
-    found = run(task, width, method, seed, arguments.cache)
+    found = run(task, width, method, seed, arguments.cache, resplit=arguments.resplit)
     print(f"{key:45} seed {seed}  loss {found['loss']:.4f}  {time.perf_counter() - began:.0f} s", flush=True)
     content = _read(arguments.output)  # read again: runs of other tasks may write beside this one
     content["results"].setdefault(key, {})[str(seed)] = found
@@ -408,6 +420,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--batch-size", type=int, help="of what follows the float training; default: 64")
     parser.add_argument("--learning-rate", type=float, help="factor of that of what follows; default: see TASKS")
+    parser.add_argument(
+        "--resplit", action="store_true", help="digits and images: each seed has its own split of samples"
+    )
     parser.add_argument("--output", type=Path, default=Path("benchmarks/accuracy.json"))
     parser.add_argument("--cache", type=Path, default=Path("outputs/accuracy"), help="folder of the float models")
     parser.add_argument("--again", action="store_true", help="also what is there already")
@@ -424,6 +439,8 @@ def main() -> None:
     known = {each for each in arguments.method or () for t in TASKS for w in ("float", *WIDTHS) if applies(each, t, w)}
     if unknown := set(arguments.method or ()) - known:
         parser.error(f"no such method, or a peer that is not installed: {', '.join(sorted(unknown))}")
+    if arguments.resplit and (others := set(arguments.task) - set(DIGITS)):
+        parser.error(f"--resplit has no effect on {', '.join(sorted(others))}; choose --task {' '.join(DIGITS)}")
     if not arguments.report:
         for task, width, method, seed in _jobs(arguments):
             _carry_out(arguments, task, width, method, seed)

@@ -25,6 +25,7 @@ from lightning_qat.callbacks.capture import (
 from lightning_qat.callbacks.fading import faded
 from lightning_qat.callbacks.feature_match import FeatureMatch
 from lightning_qat.callbacks.masks import ignored_targets
+from lightning_qat.callbacks.output_loss import TEMPERATURE, Loss, OutputLoss, name_of, parameters
 from lightning_qat.callbacks.reasoning import ReasoningMatch
 from lightning_qat.callbacks.run_length import num_steps
 from lightning_qat.callbacks.teacher import Teacher, TeacherSource
@@ -33,8 +34,6 @@ from lightning_qat.quantization._checks import check_positive
 from lightning_qat.schedules import Ramp, value_at
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "same": None}
-_TEMPERATURE = 1.0
-Loss = Callable[..., Tensor]
 
 
 @final
@@ -48,17 +47,23 @@ class Distillation(pl.Callback, ModuleHooks):
 
     Logged every ``log_every_n_steps``: ``distillation/task_loss``, ``/loss``, ``/ratio`` (of weighted distillation loss
     to task loss), ``/top1_agreement`` with the teacher, ``/features`` where layers are matched, and ``/reasoning`` with
-    ``/reasoning_step``, ``/reasoning_trajectory`` and ``/reasoning_answer`` where steps of reasoning are.
+    ``/reasoning_step``, ``/reasoning_trajectory`` and ``/reasoning_answer`` where steps of reasoning are, and
+    ``/temperature`` while it may rise (``max_odds``).
 
     Args:
         teacher: None for a copy of the latent float weights at fit start (kept in checkpoints: the size of the float
             weights), a module, a factory of one, or the path of a checkpoint, Lightning's or a ``state_dict``.
-        temperature: softens both distributions, positive; for losses that take one.
+        temperature: softens both distributions, positive; for losses that take one and multiply by its
+            square, as ours do.
         weight: factor of the teacher's loss, not negative.
         fade_below: loss of the task, in its units, below which that weight falls in proportion to it; 1 nat served
             cross-entropies best. None: it does not. In manual optimization it is the loss of each backward. Labels that
             are certain say more than a teacher, whose errors the student would learn, too; where they are noisy nothing
             changes. Only in the first epoch: when samples repeat, the loss also falls by heart, and the weight stays.
+        max_odds: from the second epoch on, how many times as likely as its second choice a teacher may hold its first,
+            as the geometric mean over the positions of a batch, above 1; 100 served. Where it is surer, as of samples
+            that it knows by heart, the temperature rises until it is not: its other choices say more than labels do.
+            None: it does not.
         loss: function of (student, teacher) outputs; ``temperature`` and ``mask`` are passed if it takes them. For
             regression use :func:`lightning_qat.losses.mean_squared_error`.
         module: dotted path of the submodule whose outputs are matched; "" finds it: the LightningModule itself if its
@@ -84,9 +89,10 @@ class Distillation(pl.Callback, ModuleHooks):
         self,
         teacher: TeacherSource | None = None,
         *,
-        temperature: float = _TEMPERATURE,
+        temperature: float = TEMPERATURE,
         weight: float = 4.0,
         fade_below: float | None = None,
+        max_odds: float | None = None,
         loss: Loss = kl_divergence,
         module: str = "",
         select: Callable[[Any], Tensor] | None = None,
@@ -95,14 +101,14 @@ class Distillation(pl.Callback, ModuleHooks):
         reasoning: ReasoningMatch | None = None,
         dtype: Literal["same", "float32", "bfloat16"] = "same",
     ) -> None:
-        _check(temperature=temperature, weight=weight, fade_below=fade_below, dtype=dtype)
+        _check(weight=weight, fade_below=fade_below, dtype=dtype)
         _check_kinds(mask=mask, features=features, reasoning=reasoning)
         self.teacher = Teacher(teacher, dtype=_DTYPES[dtype])
         self.temperature, self.weight, self.loss, self.dtype = temperature, weight, loss, dtype
-        self.fade_below = fade_below
+        self.fade_below, self.max_odds = fade_below, max_odds
         self.module, self.select, self.mask, self.features = module, select, mask, tuple(features)
         self.reasoning = reasoning
-        self._options = _options(loss, temperature, mask)
+        self._output_loss = OutputLoss(loss, temperature, max_odds, takes_mask=mask is not None)
         self._target: str | None = module or None
         self._layers: list[dict[str, nn.Module]] = []
         self._reasoning_layer: dict[str, nn.Module] = {}
@@ -115,7 +121,7 @@ class Distillation(pl.Callback, ModuleHooks):
         """Return an expression that evaluates back, where no function or module of the user is in it."""
         defaults = {name: p.default for name, p in inspect.signature(type(self)).parameters.items()}
         given = {name: self.teacher.source if name == "teacher" else getattr(self, name) for name in defaults}
-        shown = [f"{name}={_name(value)}" for name, value in given.items() if value is not defaults[name]]
+        shown = [f"{name}={name_of(value)}" for name, value in given.items() if value is not defaults[name]]
         return f"Distillation({', '.join(shown)})"
 
     @override
@@ -159,7 +165,7 @@ class Distillation(pl.Callback, ModuleHooks):
     def on_train_batch_start(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
     ) -> None:
-        if self._batch is None and self.mask is None and "mask" in _parameters(self.loss):
+        if self._batch is None and self.mask is None and "mask" in parameters(self.loss):
             _warn_of_ignored_targets(batch)
         self._batch = batch
 
@@ -221,8 +227,10 @@ class Distillation(pl.Callback, ModuleHooks):
         output, theirs = self.teacher(call.name, call.args, call.kwargs, layers)
         student = self._tensor(call.output, call.name, pl_module)
         teacher = self._tensor(output, call.name, pl_module)
-        loss = self.loss(student, teacher, **self._options, **({} if self.mask is None else {"mask": mask}))
+        loss, temperature = self._output_loss(student, teacher, mask, repeated=task is None)
         terms = {"loss": loss, "total": faded(loss, self.weight, self.fade_below, task)}
+        if temperature is not None:
+            terms["temperature"] = temperature
         if self.features:
             done = pl_module.trainer.global_step / self._num_steps
             terms["features"] = self._feature_loss(call.features, theirs, mask, task, done)
@@ -290,14 +298,13 @@ class Distillation(pl.Callback, ModuleHooks):
         task, total = task.detach(), total.detach()
         values = {"task_loss": task, "ratio": total / task.abs().clamp(min=1e-12)}
         for name in terms[0].keys() - {"total"}:
-            combine = torch.mean if name == "top1_agreement" else torch.sum
+            combine = torch.mean if name in ("top1_agreement", "temperature") else torch.sum
             values[name] = combine(torch.stack([term[name].detach() for term in terms if name in term]))
         named = {f"distillation/{name}": value for name, value in values.items()}
         pl_module.log_dict(named, on_step=True, on_epoch=False, batch_size=1)
 
 
-def _check(*, temperature: float, weight: float, fade_below: float | None, dtype: str) -> None:
-    check_positive("Distillation: temperature", temperature)
+def _check(*, weight: float, fade_below: float | None, dtype: str) -> None:
     if not 0 <= weight < float("inf"):
         raise ValueError(f"Distillation: weight={weight} is not allowed; choose a value that is not negative")
     if fade_below is not None:
@@ -326,24 +333,3 @@ def _warn_of_ignored_targets(batch: Any) -> None:
             f"counts every position. Pass mask=TargetMask({key!r}) where targets and logits are aligned, or "
             f"mask=lambda batch: next_token_mask(batch[{key!r}]) where they are shifted inside the model."
         )
-
-
-def _parameters(loss: Loss) -> set[str]:
-    return set(inspect.signature(loss).parameters)
-
-
-def _options(loss: Loss, temperature: float, mask: Any) -> dict[str, float]:
-    """Return the keyword arguments that a loss gets."""
-    taken = _parameters(loss)
-    if mask is not None and "mask" not in taken:
-        raise ValueError(f"Distillation: mask has no effect: {_name(loss)} does not take one")
-    if "temperature" in taken:
-        return {"temperature": temperature}
-    if temperature != _TEMPERATURE:
-        raise ValueError(f"Distillation: temperature={temperature} has no effect: {_name(loss)} does not take one")
-    return {}
-
-
-def _name(value: Any) -> str:
-    named = inspect.isfunction(value) or inspect.isbuiltin(value)
-    return f"{value.__module__}.{value.__qualname__}" if named else repr(value)

@@ -53,10 +53,10 @@ def recommended_callbacks(
 
     They are what ``benchmarks/README.md`` calls ours: ``QATCallback(recipe, groups=(faster_others(recipe),))``,
     ``Calibration()``, ``GPTQ()``, ``OrthogonalUpdates()``, ``GradualQuantization()`` and
-    ``Distillation(fade_below=1.0)``, otherwise with their defaults. Each has its part in the result there; write the
-    list down to leave one out or change it. They train with the optimizer and schedule of the module, which should be
-    an AdamW with a peak below that of the float training: a quarter of it at 3 bits and more, half of it at 2 and 1.58
-    bits, all of it at 1 bit, times the square root of batch size / 16 on small models of text.
+    ``Distillation(fade_below=1.0, max_odds=100.0)``, otherwise with their defaults. Each has its part in the result
+    there; write the list down to leave one out or change it. They train with the optimizer and schedule of the module,
+    which should be an AdamW with a peak below that of the float training: a quarter of it at 3 bits and more, half of
+    it at 2 and 1.58 bits, all of it at 1 bit, times the square root of batch size / 16 on small models of text.
 
     Args:
         recipe: what is quantized how; layers of few levels decide how fast all else learns.
@@ -82,7 +82,7 @@ def recommended_callbacks(
         GPTQ(forward=forward),
         OrthogonalUpdates(),
         GradualQuantization(),
-        Distillation(teacher, mask=mask, fade_below=1.0),
+        Distillation(teacher, mask=mask, fade_below=1.0, max_odds=100.0),
     ]
 
 

@@ -1,10 +1,11 @@
 """Named recipes. Each says what it rests on.
 
 How far they carry is measured in ``benchmarks/README.md``, with :func:`lightning_qat.recommended_callbacks` beside
-them: ``GPTQ()``, ``OrthogonalUpdates()``, ``GradualQuantization()``, ``Distillation(fade_below=1.0)``, and all that is
-in float 4 times (3 and 2 bits) or 8 times as fast (1.58 and 1 bit). What no recipe can set is the learning rate: from a
-trained float model a quarter of its highest rate served down to 3 bits, half of it at 2 and 1.58 bits, all of it at 1
-bit and for ``bitnet`` (AdamW, language model of bytes, batches of 16; twice that with batches of 64).
+them: ``GPTQ()``, ``OrthogonalUpdates()``, ``GradualQuantization()``, ``Distillation(fade_below=1.0, max_odds=100.0)``,
+and all that is in float 4 times (3 and 2 bits) or 8 times as fast (1.58 and 1 bit). What no recipe can set is the
+learning rate: from a trained float model a quarter of its highest rate served down to 3 bits, half of it at 2 and 1.58
+bits, all of it at 1 bit and for ``bitnet`` (AdamW, language model of bytes, batches of 16; twice that with batches of
+64).
 """
 
 import difflib

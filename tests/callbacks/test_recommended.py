@@ -53,7 +53,7 @@ def test_a_run_equals_the_list_written_down(name: str) -> None:
         GPTQ(),
         OrthogonalUpdates(),
         GradualQuantization(),
-        Distillation(fade_below=1.0),
+        Distillation(fade_below=1.0, max_odds=100.0),
     ]
     models = Net(), Net()
     fit(models[0], *recommended_callbacks(recipe))
