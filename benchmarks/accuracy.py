@@ -1,7 +1,6 @@
 """What is left of a model at 8 to 1 bits: our recipes, peers and the float model, for the same training budget.
 
     python -m benchmarks.accuracy --task text --width int2 ternary --seed 0 1 2     # adds to benchmarks/accuracy.json
-    python -m benchmarks.accuracy --task digits images --resplit --seed {0..19} --output benchmarks/accuracy_digits.json
     python -m benchmarks.accuracy --report                                           # table and plot of what is there
 
 A float model is trained for a fixed number of steps. From its weights, each with a third of those steps and of those
@@ -65,24 +64,27 @@ class Task:
 
     Args:
         model: builds it from the learning rate.
-        data: builds it from a seed, a batch size and a number of batches.
+        data: builds it from the number of a split, a seed, a batch size and a number of batches. What few data are
+            tested on depends on the split.
         steps: of the float training; a third of them for all that follows.
         learning_rate: the highest of the cosine schedule, in float.
         mask: which positions have a target, where not all do.
         rate: factor of the learning rates (`RATES`) of all that follows the float training.
         batch_size: of all that follows the float training, which has 64.
+        num_seeds: how many runs by default; the seed is the number of the split, too.
     """
 
     model: Callable[..., L.LightningModule]
-    data: Callable[[int, int, int], L.LightningDataModule]
+    data: Callable[[int, int, int, int], L.LightningDataModule]
     steps: int
     learning_rate: float
     mask: TargetMask | None = None
     rate: float = 1.0
     batch_size: int = 64
+    num_seeds: int = 3
 
 
-def _text(seed: int, batch_size: int, num_batches: int) -> L.LightningDataModule:
+def _text(_: int, seed: int, batch_size: int, num_batches: int) -> L.LightningDataModule:
     return TextData(sequence_length=64, batch_size=batch_size, num_train_batches=num_batches, seed=seed)
 
 
@@ -90,7 +92,7 @@ def _digits(kind: type[AbstractDigits], split: int, seed: int, batch_size: int, 
     return kind(batch_size, seed=seed, split_seed=split)
 
 
-def _arithmetic(seed: int, batch_size: int, num_batches: int) -> L.LightningDataModule:
+def _arithmetic(_: int, seed: int, batch_size: int, num_batches: int) -> L.LightningDataModule:
     return ArithmeticData((1, 2), batch_size=batch_size, num_train=batch_size * num_batches, num_val=64, seed=seed)
 
 
@@ -98,9 +100,9 @@ FLOAT_BATCH_SIZE = 64
 TASKS = {
     "digits": Task(
         partial(SequenceClassifier, 10, embed_dim=8, hidden_size=64, num_heads=4, num_layers=2, window_size=8),
-        partial(_digits, DigitsData, 0), 900, 3e-3,
+        partial(_digits, DigitsData), 900, 3e-3, num_seeds=12,
     ),
-    "images": Task(partial(ConvNet, 10), partial(_digits, DigitImages, 0), 600, 1e-2),
+    "images": Task(partial(ConvNet, 10), partial(_digits, DigitImages), 600, 1e-2, num_seeds=12),
     "text": Task(
         partial(LanguageModel, hidden_size=64, num_heads=4, num_layers=2, window_size=64), _text, 1500, 4e-3, rate=2.0
     ),
@@ -109,7 +111,6 @@ TASKS = {
         TargetMask(), rate=1.41421356,
     ),
 }  # fmt: skip
-DIGITS = {"digits": DigitsData, "images": DigitImages}
 # Of the highest learning rate of the float training; the same for all methods. Chosen for plain LSQ on the validation
 # data of the text with batches of 16, for the float reference, too; `Task.rate` goes with the square root of batches.
 RATES = {"ternary": 0.5, "bitnet": 0.5, "ternary_a8": 0.5, "int2": 0.5, "seq2": 0.5, "binary": 1.0}
@@ -235,32 +236,28 @@ def _fit(module: L.LightningModule, data: L.LightningDataModule, seed: int, step
     quiet_trainer(steps, callbacks).fit(module, datamodule=data)
 
 
-def _evaluate(task: Task, module: L.LightningModule, callbacks: list[Any]) -> dict[str, float]:
+def _evaluate(task: Task, module: L.LightningModule, split: int, callbacks: list[Any]) -> dict[str, float]:
     converting = [each for each in callbacks if isinstance(each, QATCallback)]
-    found = quiet_trainer(1, converting).test(module, datamodule=task.data(0, 64, 1), verbose=False)[0]
+    found = quiet_trainer(1, converting).test(module, datamodule=task.data(split, 0, 64, 1), verbose=False)[0]
     return {name.removeprefix("test_"): float(value) for name, value in found.items()}
 
 
-def float_model(
-    task: Task, name: str, width: str, seed: int, folder: Path, *, resplit: bool = False
-) -> L.LightningModule:
+def float_model(task: Task, name: str, width: str, seed: int, folder: Path) -> L.LightningModule:
     """Return the float model of a seed, ready to go on from; trained at the first call."""
-    path = folder / f"{name}{seed}_{task.steps}{'_resplit' if resplit else ''}.pt"
+    path = folder / f"{name}{seed}_{task.steps}.pt"
     if not path.is_file():
         module = _module(task, seed, 1.0, 0.1)
-        _fit(module, task.data(seed, FLOAT_BATCH_SIZE, task.steps), seed, task.steps, [])
+        _fit(module, task.data(seed, seed, FLOAT_BATCH_SIZE, task.steps), seed, task.steps, [])
         torch.save(module.state_dict(), path)
     module = _module(task, seed, RATES.get(width, RATE) * task.rate, 0.0)
     module.load_state_dict(torch.load(path, weights_only=True))
     return module
 
 
-def run(name: str, width: str, method: str, seed: int, folder: Path, *, resplit: bool = False) -> dict[str, float]:
-    """Return the test metrics of one training; of digits, also with a split of the samples of the seed's own."""
+def run(name: str, width: str, method: str, seed: int, folder: Path) -> dict[str, float]:
+    """Return the test metrics of one training."""
     task = TASKS[name]
-    if resplit:
-        task = replace(task, data=partial(_digits, DIGITS[name], seed))
-    module = float_model(task, name, width, seed, folder, resplit=resplit)
+    module = float_model(task, name, width, seed, folder)
     callbacks = callbacks_of(method, width, module, task.mask)
     peer = PEERS.get(_peer(method))
     if peer is not None:
@@ -269,13 +266,13 @@ def run(name: str, width: str, method: str, seed: int, folder: Path, *, resplit:
         else:
             peer.convert(module, width, _example(task))
     if method not in AFTER_TRAINING:
-        seed, steps = seed + 1000, task.steps // 3
-        _fit(module, task.data(seed, task.batch_size, steps), seed, steps, callbacks)
-    return _evaluate(task, module, callbacks)
+        steps, order = task.steps // 3, seed + 1000
+        _fit(module, task.data(seed, order, task.batch_size, steps), order, steps, callbacks)
+    return _evaluate(task, module, seed, callbacks)
 
 
 def _example(task: Task) -> torch.Tensor:
-    data: Any = task.data(0, 4, 1)
+    data: Any = task.data(0, 0, 4, 1)
     data.setup("fit")
     batch = next(iter(data.train_dataloader()))
     example: torch.Tensor = batch["tokens"] if isinstance(batch, dict) else batch[0]
@@ -389,7 +386,7 @@ def _jobs(arguments: argparse.Namespace) -> list[tuple[str, str, str, int]]:
         for task in arguments.task
         for width in arguments.width
         for method in (arguments.method or methods(task, width))
-        for seed in arguments.seed
+        for seed in (arguments.seed or range(TASKS[task].num_seeds))
         if applies(method, task, width)
     ]
 
@@ -404,7 +401,7 @@ def _carry_out(arguments: argparse.Namespace, task: str, width: str, method: str
     if str(seed) in _read(arguments.output)["results"].get(key, {}) and not arguments.again:
         return
     began = time.perf_counter()
-    found = run(task, width, method, seed, arguments.cache, resplit=arguments.resplit)
+    found = run(task, width, method, seed, arguments.cache)
     print(f"{key:45} seed {seed}  loss {found['loss']:.4f}  {time.perf_counter() - began:.0f} s", flush=True)
     content = _read(arguments.output)  # read again: runs of other tasks may write beside this one
     content["results"].setdefault(key, {})[str(seed)] = found
@@ -417,12 +414,9 @@ def main() -> None:
     parser.add_argument("--task", nargs="+", choices=sorted(TASKS), default=["digits", "images", "text", "arithmetic"])
     parser.add_argument("--width", nargs="+", choices=("float", *WIDTHS), default=["float", *WIDTHS])
     parser.add_argument("--method", nargs="+", help="default: all but ablations")
-    parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seed", type=int, nargs="+", help="default: 0 1 2; of digits, which are few, 0 to 11")
     parser.add_argument("--batch-size", type=int, help="of what follows the float training; default: 64")
     parser.add_argument("--learning-rate", type=float, help="factor of that of what follows; default: see TASKS")
-    parser.add_argument(
-        "--resplit", action="store_true", help="digits and images: each seed has its own split of samples"
-    )
     parser.add_argument("--output", type=Path, default=Path("benchmarks/accuracy.json"))
     parser.add_argument("--cache", type=Path, default=Path("outputs/accuracy"), help="folder of the float models")
     parser.add_argument("--again", action="store_true", help="also what is there already")
@@ -439,8 +433,6 @@ def main() -> None:
     known = {each for each in arguments.method or () for t in TASKS for w in ("float", *WIDTHS) if applies(each, t, w)}
     if unknown := set(arguments.method or ()) - known:
         parser.error(f"no such method, or a peer that is not installed: {', '.join(sorted(unknown))}")
-    if arguments.resplit and (others := set(arguments.task) - set(DIGITS)):
-        parser.error(f"--resplit has no effect on {', '.join(sorted(others))}; choose --task {' '.join(DIGITS)}")
     if not arguments.report:
         for task, width, method, seed in _jobs(arguments):
             _carry_out(arguments, task, width, method, seed)

@@ -25,8 +25,8 @@ from lightning_qat.export import export, load
 METRICS = {"digits": "accuracy", "text": "bits_per_byte"}
 
 
-def _test(module: L.LightningModule, name: str) -> float:
-    found = quiet_trainer(1, []).test(module, datamodule=TASKS[name].data(0, 64, 1), verbose=False)[0]
+def _test(module: L.LightningModule, name: str, seed: int) -> float:
+    found = quiet_trainer(1, []).test(module, datamodule=TASKS[name].data(seed, 0, 64, 1), verbose=False)[0]
     return float(found[f"test_{METRICS[name]}"])
 
 
@@ -40,15 +40,15 @@ def run(name: str, recipe: str, steps: int, seed: int, cache: Path, folder: Path
     module = float_model(task, name, recipe, seed, cache)
     callbacks = recommended_callbacks(but_head(recipes.named(recipe), module))
     L.seed_everything(seed + 1000, verbose=False)
-    quiet_trainer(steps, callbacks).fit(module, datamodule=task.data(seed + 1000, task.batch_size, steps))
-    data: Any = task.data(0, 64, 1)
+    quiet_trainer(steps, callbacks).fit(module, datamodule=task.data(seed, seed + 1000, task.batch_size, steps))
+    data: Any = task.data(seed, 0, 64, 1)
     data.setup("fit")
     batches = [next(iter(data.val_dataloader()))[0]]
     path = folder / f"{name}_{recipe}.safetensors"
     export(module, path, batches=batches)
     fresh = float_model(task, name, recipe, seed, cache)
     loaded = load(path, fresh)
-    quality = _test(loaded, name)
+    quality = _test(loaded, name, seed)
     return {"task": name, "recipe": recipe, "bytes": path.stat().st_size, METRICS[name]: quality}
 
 
@@ -71,7 +71,8 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for name in arguments.task:
         module = float_model(TASKS[name], name, "float", arguments.seed, arguments.cache)
-        rows.append({"task": name, "recipe": "float", "bytes": _float_size(module), METRICS[name]: _test(module, name)})
+        quality = _test(module, name, arguments.seed)
+        rows.append({"task": name, "recipe": "float", "bytes": _float_size(module), METRICS[name]: quality})
         for recipe in arguments.recipe:
             rows.append(run(name, recipe, arguments.steps, arguments.seed, arguments.cache, arguments.folder))
             print(rows[-1], flush=True)
