@@ -36,10 +36,12 @@ from lightning_qat import (
     prepare,
     recipes,
 )
+from lightning_qat.callbacks.output_loss import OutputLoss
 from lightning_qat.conversion.state import quantizers
 from lightning_qat.functional import kernels
 from lightning_qat.functional.integer import integer_product, integers_are_exact
 from lightning_qat.functional.kernels import compiled_kernels
+from lightning_qat.losses import kl_divergence
 from lightning_qat.quantization import FakeQuantizer
 from tests.callbacks._models import LEARNED_INPUTS, Net, StatefulLoader, assert_equal_states, fit, loader, state
 
@@ -165,6 +167,18 @@ def test_a_step_does_not_wait_for_the_device(recipe: str, soft: bool, amp: bool)
         both()
 
 
+def test_a_teacher_is_softened_without_waiting() -> None:
+    student, teacher = (9 * torch.randn(64, 10, device=DEVICE) for _ in range(2))
+    loss = OutputLoss(kl_divergence, 1.0, 2.0, takes_mask=True)
+    mask = torch.arange(64, device=DEVICE) % 2
+    loss(student, teacher, mask, repeated=True)
+    with no_synchronization():
+        found, temperature = loss(student, teacher, mask, repeated=True)
+    assert temperature is not None
+    expected = kl_divergence(student.cpu(), teacher.cpu(), temperature=float(temperature), mask=mask.cpu())
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("recipe", ["int4", "ternary", "bitnet"])
 def test_a_step_compiles_as_a_whole(recipe: str) -> None:
     torch.compiler.reset()
@@ -224,7 +238,7 @@ def test_training(recipe: str, precision: str) -> None:
 @pytest.mark.parametrize(
     ("recipe", "extra"),
     [
-        (recipes.ternary(), lambda: [GradualQuantization(), OrthogonalUpdates(), Distillation()]),
+        (recipes.ternary(), lambda: [GradualQuantization(), OrthogonalUpdates(), Distillation(max_odds=1.5)]),
         (LEARNED_INPUTS, lambda: [ProgressiveBitWidth({0: 8, 1: 4}), Distillation()]),
         (recipes.bitnet(), lambda: [GradualQuantization()]),
     ],
