@@ -51,7 +51,13 @@ class Setting:
         """Return the same with a learned scale in the graph."""
         if self.parameter is None:
             return self
-        return replace(self, scale=attached_scale(self.parameter, self.scale), parameter=None)
+        return self._scaled(attached_scale(self.parameter, self.scale), None)
+
+    def _scaled(self, scale: Tensor, parameter: Tensor | None) -> "Setting":
+        """Return the same with another scale; of ``replace()`` compiled code would check a hundred things each time."""
+        tensors = self.zero_point, self.temperature, self.lo, self.hi
+        rest = self.no_nan, self.ends, parameter, self.softness
+        return Setting(scale, *tensors, self.rounding, self.rule, self.learned, *rest)
 
     @property
     def needs_input(self) -> bool:
@@ -128,7 +134,7 @@ class Setting:
             return self
         bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[grad.element_size()]
         zero = (grad.reshape(-1)[:1].view(bits) & 0).sum()
-        return replace(self, scale=self.scale + zero).hoisted()
+        return self._scaled(self.scale + zero, self.parameter).hoisted()
 
     def hoisted(self) -> "Setting":
         """Return the same, with a scale that compiled code computes once, where all elements that share it need it.
@@ -140,7 +146,7 @@ class Setting:
             return self
         shape = self.scale.shape
         strides = [math.prod(shape[d + 1 :]) for d in range(len(shape))]  # stride() is unknown in a traced backward
-        return replace(self, scale=self.scale.contiguous().as_strided(shape, strides))
+        return self._scaled(self.scale.contiguous().as_strided(shape, strides), self.parameter)
 
     def gradients(self, grad: Tensor, x: Tensor, needs: tuple[bool, bool, bool]) -> tuple[Tensor | None, ...]:
         """Return the gradients with respect to x, scale and temperature, each or None where it is not needed.
