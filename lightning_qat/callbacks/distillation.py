@@ -53,8 +53,8 @@ class Distillation(pl.Callback, ModuleHooks):
     Args:
         teacher: None for a copy of the latent float weights at fit start (kept in checkpoints: the size of the float
             weights), a module, a factory of one, or the path of a checkpoint, Lightning's or a ``state_dict``.
-        temperature: softens both distributions, positive; for losses that take one and multiply by its
-            square, as ours do.
+        temperature: softens both distributions, positive; for losses that take one and multiply by its square,
+            as ours do.
         weight: factor of the teacher's loss, not negative.
         fade_below: loss of the task, in its units, below which that weight falls in proportion to it; 1 nat served
             cross-entropies best. None: it does not. In manual optimization it is the loss of each backward. Labels that
@@ -82,7 +82,7 @@ class Distillation(pl.Callback, ModuleHooks):
         ValueError: values out of range, a path without file, an option that the loss does not take. At fit start: names
             that match nothing. In the first step: outputs among which it cannot choose; messages list the candidates.
 
-    Source: arXiv:1503.02531.
+    Source: arXiv:1503.02531; ``fade_below`` and ``max_odds`` are ours.
     """
 
     def __init__(

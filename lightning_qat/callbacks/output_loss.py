@@ -62,7 +62,8 @@ class OutputLoss:
     def __init__(self, loss: Loss, temperature: float, max_odds: float | None, *, takes_mask: bool) -> None:
         check_positive("Distillation: temperature", temperature)
         if max_odds is not None:
-            check_number("Distillation: max_odds", max_odds, "a number above 1, or None", holds=lambda odds: odds > 1)
+            where, allowed = "Distillation: max_odds", "a finite number above 1, or None"
+            check_number(where, max_odds, allowed, holds=lambda odds: 1 < odds < math.inf)
         taken = parameters(loss)
         if takes_mask and "mask" not in taken:
             raise ValueError(f"Distillation: mask has no effect: {name_of(loss)} does not take one")

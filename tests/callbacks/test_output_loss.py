@@ -147,9 +147,9 @@ def test_positions_without_target_do_not_count() -> None:
 
 
 def test_bad_options() -> None:
-    for value in (1.0, 0.0, math.nan, True, "100"):
+    for value in (1.0, 0.0, math.nan, math.inf, True, "100"):
         with pytest.raises(
-            ValueError, match=r"Distillation: max_odds=.* is not allowed; choose a number above 1, or None"
+            ValueError, match=r"Distillation: max_odds=.* is not allowed; choose a finite number above 1, or None"
         ):
             Distillation(max_odds=value)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"max_odds=100.0 has no effect: .*mean_squared_error takes no temperature"):
