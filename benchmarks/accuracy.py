@@ -244,7 +244,7 @@ def _evaluate(task: Task, module: L.LightningModule, split: int, callbacks: list
 
 def float_model(task: Task, name: str, width: str, seed: int, folder: Path) -> L.LightningModule:
     """Return the float model of a seed, ready to go on from; trained at the first call."""
-    path = folder / f"{name}{seed}_{task.steps}.pt"
+    path = folder / f"{name}_{seed}_{task.steps}.pt"  # {name}{seed}: of former splits
     if not path.is_file():
         module = _module(task, seed, 1.0, 0.1)
         _fit(module, task.data(seed, seed, FLOAT_BATCH_SIZE, task.steps), seed, task.steps, [])
