@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 
 from lightning_qat import (
@@ -24,6 +24,7 @@ from lightning_qat import (
 )
 from tests.callbacks._models import LEARNED_INPUTS, Net, fake_quantizers, loader, state
 from tests.learned import learned
+from tests.processes import leave
 
 OPTIONS: dict[str, Any] = {
     "accelerator": "cpu",
@@ -143,5 +144,4 @@ if __name__ == "__main__":
     {"ddp": ddp, "bits": bits, "compensated": compensated, "fork": fork, "lora": lora, "shard": shard}[sys.argv[1]](
         Path(sys.argv[2])
     )
-    if distributed.is_initialized():  # or threads that wait for the other process abort this one
-        distributed.destroy_process_group()
+    leave()

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_qat import Int, LayerSpec, QuantizerSpec, bake, calibrate, codes, float_weights, prepare, unprepare
 from tests.conversion.cases import LEARNED_INPUT, STORED, network, recipe_for
+from tests.processes import leave
 
 LEARNED = recipe_for(LayerSpec(QuantizerSpec(Int(4)), STORED))
 LEARNED_INPUTS = recipe_for(LayerSpec(QuantizerSpec(Int(4)), LEARNED_INPUT))
@@ -201,8 +202,8 @@ def main(folder: Path, rank: int) -> None:
     distributed.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
     results = {scenario.__name__: copy.deepcopy(scenario(rank)) for scenario in SCENARIOS}
     torch.save(results, folder / f"{rank}.pt")
-    distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), int(sys.argv[2]))
+    leave()

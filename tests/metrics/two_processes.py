@@ -11,6 +11,7 @@ from torch import distributed
 
 from lightning_qat import metrics
 from tests.metrics.cases import CASES
+from tests.processes import leave
 
 
 def main(folder: Path, rank: int) -> None:
@@ -24,8 +25,8 @@ def main(folder: Path, rank: int) -> None:
         local = {name: getattr(metric, name) for name in metric.metric_state}
         results[f"{case.name} unsynced"] = [str(value) for value in local.values()]
     torch.save(results, folder / f"{rank}.pt")
-    distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), int(sys.argv[2]))
+    leave()
