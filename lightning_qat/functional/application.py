@@ -39,6 +39,11 @@ def transformed_or_compiled() -> bool:
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
+def compiled_for_cpu(x: Tensor) -> bool:
+    """Whether a compiler traces what a CPU is to run; where a graph is exported, none does."""
+    return x.device.type == "cpu" and torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+
+
 def unaliased(output: Tensor) -> Tensor:
     """Return what the forward of a function of autograd returns, as a tensor of its own where a compiler traces it.
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from lightning_qat.functional.application import applied
+from lightning_qat.functional.application import applied, compiled_for_cpu
+from lightning_qat.functional.gradients import clipped
 
 _LARGE: Final = 1 << 14  # elements from which on a look at all steps is cheaper than one at all values
 _LARGEST: Final = 2.0**118
@@ -53,8 +54,11 @@ def finish_scale(scale: Tensor, dtype: torch.dtype = torch.float32, *, largest: 
     >>> finish_scale(torch.tensor([0.0, float("inf"), 0.1]), torch.float16)
     tensor([6.1035e-05, 6.5504e+04, 9.9976e-02])
     """
-    floor = scale_floor(dtype)
-    scale = torch.nan_to_num(scale, nan=floor).clamp_(floor, min(largest, torch.finfo(dtype).max))
+    floor, largest = scale_floor(dtype), min(largest, torch.finfo(dtype).max)
+    if compiled_for_cpu(scale):  # NaN becomes the lower bound
+        scale = clipped(scale, floor, largest)
+    else:
+        scale = torch.nan_to_num(scale, nan=floor).clamp_(floor, largest)
     return scale if dtype in (torch.float32, torch.float64) else scale.to(dtype).float()
 
 

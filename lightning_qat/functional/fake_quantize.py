@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from lightning_qat.functional.application import applied, unaliased
+from lightning_qat.functional.application import applied, compiled_for_cpu, unaliased
 from lightning_qat.functional.bounded import attached_scale
 from lightning_qat.functional.gradients import number, within
 from lightning_qat.functional.kernels import run, wanted
@@ -136,17 +136,23 @@ class Setting:
         zero = (grad.reshape(-1)[:1].view(bits) & 0).sum()
         return self._scaled(self.scale + zero, self.parameter).hoisted()
 
-    def hoisted(self) -> "Setting":
+    def hoisted(self, x: Tensor | None = None) -> "Setting":
         """Return the same, with a scale that compiled code computes once, where all elements that share it need it.
 
         Compiled for CPUs, what precedes a scale would be computed anew for every few values: the result might overlap
         its inputs, for all the compiler of C++ knows. A view with strides makes torch.compile write the scale out.
+
+        Args:
+            x: large values that the scale was just found from: each row is then quantized before the next one is read.
+                The compiler joins their loops where that over scales takes one at a time; vectors of uint32 it has not.
         """
-        if not torch.compiler.is_compiling() or torch.compiler.is_exporting() or self.scale.device.type != "cpu":
+        if not compiled_for_cpu(self.scale):
             return self
-        shape = self.scale.shape
+        scale, shape = self.scale.contiguous(), self.scale.shape
+        if x is not None and x.numel() >= _LARGE and scale.dtype == torch.float32:
+            scale = scale.view(torch.int32).to(torch.uint32).view(torch.float32)
         strides = [math.prod(shape[d + 1 :]) for d in range(len(shape))]  # stride() is unknown in a traced backward
-        return self._scaled(self.scale.contiguous().as_strided(shape, strides), self.parameter)
+        return self._scaled(scale.as_strided(shape, strides), self.parameter)
 
     def gradients(self, grad: Tensor, x: Tensor, needs: tuple[bool, bool, bool]) -> tuple[Tensor | None, ...]:
         """Return the gradients with respect to x, scale and temperature, each or None where it is not needed.
@@ -281,7 +287,7 @@ class _FakeQuantize(torch.autograd.Function):
         setting = Setting(
             scale, zero_point, temperature, lo, hi, rounding, rule, learned, no_nan, softness=softness
         )  # fmt: skip
-        return unaliased(setting.hoisted().fake_quantized(x))
+        return unaliased(setting.hoisted(x).fake_quantized(x))
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: Tensor) -> None:

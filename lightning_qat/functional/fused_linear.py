@@ -85,10 +85,10 @@ class _FusedLinear(torch.autograd.Function):
     def forward(
         x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        of_weight, known = _setting(tensors[:5], plan.weight).hoisted(), _known(tensors, plan)
+        of_weight, known = _setting(tensors[:5], plan.weight).hoisted(weight), _known(tensors, plan)
         if plan.input is None:
             return F.linear(x, _weight(of_weight, weight, plan, known), _cast(bias, plan)), None
-        of_input = _setting(tensors[5:10], plan.input).hoisted()
+        of_input = _setting(tensors[5:10], plan.input).hoisted(x)
         levels = of_input.levels(x)
         codes = _codes(levels, of_input) if plan.integer or plan.keeps_codes else None
         if plan.integer:

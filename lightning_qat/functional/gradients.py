@@ -6,6 +6,8 @@ import math
 import torch
 from torch import Tensor
 
+from lightning_qat.functional.application import compiled_for_cpu
+
 
 def number(bound: Tensor | float) -> Tensor | float:
     """Return a 0-dim tensor on the CPU as a number, which elementwise kernels take ten times faster than a tensor.
@@ -15,6 +17,17 @@ def number(bound: Tensor | float) -> Tensor | float:
     if isinstance(bound, Tensor) and bound.device.type == "cpu" and not torch.compiler.is_compiling():
         return float(bound)
     return bound
+
+
+def clipped(u: Tensor, lo: Tensor | float, hi: Tensor | float) -> Tensor:
+    """Return u within lo..hi, as a fresh tensor; NaN as NaN or, compiled for a CPU, as lo.
+
+    There each minimum and maximum looks for NaN, which takes as long as the rest of it. A comparison does not.
+    """
+    if not compiled_for_cpu(u):
+        return u.clamp(lo, hi)  # type: ignore[arg-type]  # tensors or numbers, not one of each
+    u = torch.where(u > lo, u, lo)
+    return torch.where(u < hi, u, hi)
 
 
 @functools.cache
@@ -42,7 +55,7 @@ def within(
     lo, hi = number(lo), number(hi)
     eager_on_cpu = values.device.type == "cpu" and not torch.compiler.is_compiling()
     if isinstance(lo, Tensor) or isinstance(hi, Tensor) or not eager_on_cpu:
-        inside = u.clamp(lo, hi) == u  # type: ignore[arg-type]  # compiled for CPUs, & would make numbers of masks
+        inside = clipped(u, lo, hi) == u  # compiled for CPUs, & would make numbers of masks
         masked = torch.where(inside, values, 0.0)
         return masked if out is None else out.copy_(masked)
     # One vectorized pass without masks; its bounds are exclusive. torch.where takes thirty times as long.

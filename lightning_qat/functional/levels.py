@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from lightning_qat.functional.gradients import number
+from lightning_qat.functional.application import compiled_for_cpu
+from lightning_qat.functional.gradients import clipped, number
 from lightning_qat.functional.points import Rounding
 
 
@@ -24,6 +25,9 @@ def levels_(
     u: Tensor, zero_point: Tensor | None, *, lo: Tensor | float, hi: Tensor | float, rounding: Rounding
 ) -> Tensor:
     """Replace values in units of the scale by their levels."""
+    if zero_point is None and compiled_for_cpu(u):
+        # Bounds are levels and rounding is monotone: the order does not matter, and gradients clip the same values.
+        return rounding.round_(clipped(u, lo, hi))
     u = rounding.round_(u)
     if zero_point is not None:
         u = u.add_(zero_point)

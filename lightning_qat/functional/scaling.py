@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lightning_qat.functional.application import compiled_for_cpu
 from lightning_qat.functional.bounded import finish_scale
 from lightning_qat.functional.gradients import number
 from lightning_qat.functional.levels import dequantize, quantize
@@ -78,8 +79,8 @@ class Sample:
 
     def largest(self) -> Tensor:
         """Return the largest absolute value of each group, NaN where there is one."""
-        bare = self.limits is None and self.values.dtype == torch.float32 and self.values.device.type == "cpu"
-        if bare and torch.compiler.is_compiling() and not torch.compiler.is_exporting() and self.values.numel() > 0:
+        bare = self.limits is None and self.values.dtype == torch.float32 and self.values.numel() > 0
+        if bare and compiled_for_cpu(self.values):
             # Magnitudes have the order of their bits, NaN the last: integers need no look for NaN at each step.
             bits = self.values.view(torch.int32).bitwise_and(0x7FFFFFFF)
             return bits.amax(self.dims, keepdim=True).view(torch.float32)

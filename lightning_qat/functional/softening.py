@@ -5,7 +5,8 @@ import functools
 import torch
 from torch import Tensor
 
-from lightning_qat.functional.gradients import number
+from lightning_qat.functional.application import compiled_for_cpu
+from lightning_qat.functional.gradients import clipped, number
 from lightning_qat.functional.points import Rounding
 
 
@@ -39,7 +40,7 @@ def soft_levels_(
     >>> [soft_levels_(u.clone(), s, lo=-2.0, hi=1.0, rounding=Int(2)).tolist() for s in (1.0, 0.5)]
     [[0.125, 0.375, 0.75, 1.0], [0.0, 0.25, 1.0, 1.0]]
     """
-    u = u.clamp_(lo, hi)  # type: ignore[arg-type]  # tensors or numbers, not one of each
+    u = clipped(u, lo, hi) if compiled_for_cpu(u) else u.clamp_(lo, hi)  # type: ignore[arg-type]
     q = rounding.round_(u.clone())
     past, softness, half = u.sub_(q), number(softness), rounding.half_cell  # past its level, up to half a cell
     # |b + (u - b) / rho - q|, which the level bounds from below, with the sign of u - q

@@ -1,6 +1,7 @@
 """torch.compile: one graph without breaks, one compilation for all widths of a family, the numbers of eager mode."""
 
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo import lookup_backend
+from torch._inductor.utils import run_and_get_code
 
 from lightning_qat.quantization import (
     AbsMax,
@@ -152,14 +154,41 @@ def test_inductor() -> None:
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
+NOT_FINITE = (
+    QuantizerSpec(Int(4), PerChannel(), AbsMax()),
+    QuantizerSpec(Int(4), PerChannel(), Learned(AbsMax())),
+    QuantizerSpec(Int(3, symmetric=False), PerGroup(8), AbsMax(), Clipped()),
+    QuantizerSpec(Ternary(), PerChannel(), AbsMax(), Clipped()),
+    QuantizerSpec(HalfInt(2), PerTensor(), AbsMax(), ElementwiseScaling(0.2)),
+    QuantizerSpec(Binary(), PerChannel(), Learned(AbsMax())),
+)
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_values_that_are_not_finite(backend: str) -> None:
-    """Compiled for CPUs, the largest magnitudes are found on bits, and the clip range without masks."""
+@pytest.mark.parametrize("spec", NOT_FINITE, ids=lambda spec: spec.label)
+@pytest.mark.parametrize("large", [False, True])
+def test_values_that_are_not_finite(
+    backend: str, spec: QuantizerSpec, large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled for CPUs, magnitudes are found on bits, values clipped by comparisons, large ones in joined loops."""
+    monkeypatch.setattr(sys.modules["lightning_qat.functional.fake_quantize"], "_LARGE", 1 if large else 1 << 20)
     x = torch.randn(7, 16)
     x[0, 1], x[1, 2], x[2, 3], x[3], x[4] = torch.nan, torch.inf, -torch.inf, 0.0, -0.0
     x[5, :2] = torch.tensor([torch.inf, -torch.nan])
-    for spec in (QuantizerSpec(Int(4), PerChannel(), AbsMax()), QuantizerSpec(Int(4), PerChannel(), Learned(AbsMax()))):
+    quantizer = ready(spec, x)
+    compiled = torch.compile(quantizer, fullgraph=True, backend=backend)
+    for one, other in zip(step(compiled, quantizer, x), step(quantizer, quantizer, x), strict=True):
+        summed = 0 if spec.scale.recomputed else 1e-6  # a learned scale has a gradient, which is a sum
+        torch.testing.assert_close(one, other, rtol=summed, atol=summed / 10, equal_nan=True)
+
+
+@pytest.mark.parametrize("scale", [AbsMax(), AbsMean()])
+def test_large_values_are_quantized_row_by_row(scale: AbsMax | AbsMean) -> None:
+    """Compiled for CPUs: one loop over rows finds the scale and quantizes, so that memory is read once."""
+    spec = QuantizerSpec(Int(4), PerChannel(), scale, StraightThrough())
+    for rows, num_loops in ((1024, 1), (8, 3)):
+        x = torch.randn(rows, 1024)
         quantizer = ready(spec, x)
-        compiled = torch.compile(quantizer, fullgraph=True, backend=backend)
-        for one, other in zip(step(compiled, quantizer, x), step(quantizer, quantizer, x), strict=True):
-            torch.testing.assert_close(one, other, rtol=0 if spec.scale.recomputed else 1e-6, atol=0, equal_nan=True)
+        found, (code,) = run_and_get_code(torch.compile(quantizer, fullgraph=True), x)
+        assert torch.equal(found, quantizer(x)) or isinstance(scale, AbsMean)
+        assert code.count("for(int64_t x0=") == num_loops
