@@ -3,7 +3,8 @@
     python benchmarks/callbacks.py --output benchmarks/callbacks.json
 
 Statistics: CPU time of one measurement with TensorBoard, over that of ``every_n_steps`` steps. Distillation: CPU time
-of what it adds to the forward of a step beyond the teacher's forward, over that of the step. Blocks that follow the
+of what it adds to the forward of a step beyond the teacher's forward, over that of the step. Softening: what the loss
+takes longer, forward, from the second epoch on where a teacher may be too sure. Blocks that follow the
 teacher's: the median of the ratios of whole steps with and without, in turn. Orthogonal updates: CPU time of all of
 them in a step, over that of a step without.
 """
@@ -24,6 +25,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_qat import QATCallback, recipes
 from lightning_qat.callbacks import Distillation, FeatureMatch, OrthogonalUpdates, QuantizationStatistics
+from lightning_qat.callbacks.output_loss import OutputLoss
 from lightning_qat.callbacks.teacher import Teacher
 from lightning_qat.data import DigitsData, TextData
 from lightning_qat.models import LanguageModel, SequenceClassifier
@@ -72,14 +74,14 @@ def task(name: str) -> tuple[L.LightningModule, L.LightningDataModule]:
     return text, TextData(sequence_length=128, batch_size=16, num_train_batches=NUM_STEPS)
 
 
-def fit(name: str, *callbacks: Any) -> float:
+def fit(name: str, *callbacks: Any, num_batches: float = 1.0) -> float:
     """Train for some steps and return the median CPU time of a step."""
     times, (model, data) = StepTimes(), task(name)
     with tempfile.TemporaryDirectory() as folder:
         L.Trainer(
             max_steps=NUM_STEPS, accelerator="cpu", callbacks=[QATCallback(recipes.named("w4a8")), *callbacks, times],
             logger=TensorBoardLogger(folder), enable_checkpointing=False, enable_progress_bar=False,
-            enable_model_summary=False, limit_val_batches=0,
+            enable_model_summary=False, limit_val_batches=0, limit_train_batches=num_batches,
         ).fit(model, datamodule=data)  # fmt: skip
     return times.median()
 
@@ -97,13 +99,31 @@ def statistics_cost(name: str) -> dict[str, float]:
 def distillation_cost(name: str) -> dict[str, float]:
     """Return the share of a step that distillation takes beyond the teacher's forward, with and without the loss."""
     callback = Distillation()
-    added, loss, forward = timed(callback, "_added"), timed(callback, "loss"), timed(Teacher, "__call__")
+    added, loss, forward = timed(callback, "_added"), timed(OutputLoss, "__call__"), timed(Teacher, "__call__")
     step = fit(name, callback)
     whole, formula, teacher = (statistics.median(notes[5:]) for notes in (added, loss, forward))
     return {
         "step": step, "teacher": teacher, "loss": formula, "rest": whole - teacher - formula,
         "share_of_loss": formula / step, "share_of_rest": (whole - teacher - formula) / step,
     }  # fmt: skip
+
+
+def softening_cost(name: str) -> dict[str, float]:
+    """Return the share of a step that it takes to look how sure the teacher is, and to soften it."""
+    callback, sure, other = Distillation(max_odds=1.01), list[float](), list[float]()
+    loss = callback._output_loss
+
+    def run(*args: Any, repeated: bool, **kwargs: Any) -> Any:
+        began = time.thread_time()
+        try:
+            return loss(*args, repeated=repeated, **kwargs)
+        finally:
+            (sure if repeated else other).append(time.thread_time() - began)
+
+    callback._output_loss = run  # type: ignore[assignment]
+    step = fit(name, callback, num_batches=NUM_STEPS // 3)
+    added = statistics.median(sure) - statistics.median(other[5:])
+    return {"step": step, "added": added, "share": added / step}
 
 
 def blocks_cost(name: str) -> dict[str, float]:
@@ -135,6 +155,7 @@ def main() -> None:
     found: dict[str, Any] = {name: {"statistics": statistics_cost(name)} for name in ("digits", "text")}
     for name, costs in found.items():
         costs["distillation"] = distillation_cost(name)
+        costs["softening"] = softening_cost(name)
         costs["blocks"] = blocks_cost(name)
         costs["orthogonal"] = orthogonal_cost(name)
     print(json.dumps(found, indent=1))

@@ -12,6 +12,7 @@ from lightning_qat.losses._common import full_precision, masked_mean
 from lightning_qat.quantization._checks import check_number, check_positive
 
 TEMPERATURE: Final = 1.0
+_FEW: Final = 256  # classes up to which topk() takes up to four times as long as two passes and a copy
 Loss = Callable[..., Tensor]
 
 
@@ -40,9 +41,16 @@ def temperature_rise(
     """
     if logits.shape[-1] < 2:
         raise ValueError(f"Distillation: max_odds={max_odds} needs two classes; outputs are {list(logits.shape)}")
-    best = full_precision(logits.detach().topk(2, dim=-1).values)
-    distance = torch.nan_to_num(best[..., 0] - best[..., 1], nan=0.0, posinf=0.0)  # a single choice has no odds
+    first, second = (full_precision(each) for each in _two_largest(logits.detach()))
+    distance = torch.nan_to_num(first - second, nan=0.0, posinf=0.0)  # a single choice has no odds
     return (masked_mean(distance, mask) / (temperature * math.log(max_odds))).clamp(min=1.0)
+
+
+def _two_largest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    if logits.shape[-1] > _FEW:
+        return logits.topk(2, dim=-1).values.unbind(-1)  # type: ignore[return-value]
+    largest, index = logits.max(dim=-1, keepdim=True)
+    return largest.squeeze(-1), logits.scatter(-1, index, -math.inf).amax(dim=-1)
 
 
 class OutputLoss:

@@ -63,6 +63,16 @@ def test_what_a_mask_hides_and_what_has_no_odds_does_not_count() -> None:
     assert float(temperature_rise(logits, max_odds=math.e, mask=torch.zeros(3))) == 1.0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_few_and_many_choices_are_looked_at_alike(dtype: torch.dtype) -> None:
+    """Equal ones, too: then the odds are even."""
+    few = (4 * torch.randn(5, 7, generator=torch.Generator().manual_seed(0))).to(dtype)
+    few[0, :2] = 20.0
+    many = torch.cat([few, few.amin(-1, keepdim=True).expand(5, 300)], -1)
+    assert temperature_rise(few, max_odds=1.1) == temperature_rise(many, max_odds=1.1) > 1
+    assert temperature_rise(few[:1], max_odds=1.1) == temperature_rise(many[:1], max_odds=1.1) == 1
+
+
 @pytest.mark.parametrize("loss", [kl_divergence, reverse_kl_divergence, jensen_shannon])
 def test_the_loss_is_that_of_the_risen_temperature(loss: Any) -> None:
     generator = torch.Generator().manual_seed(1)
