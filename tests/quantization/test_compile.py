@@ -185,10 +185,7 @@ def test_values_that_are_not_finite(
 @pytest.mark.parametrize("scale", [AbsMax(), AbsMean()])
 def test_large_values_are_quantized_row_by_row(scale: AbsMax | AbsMean) -> None:
     """Compiled for CPUs: one loop over rows finds the scale and quantizes, so that memory is read once."""
-    spec = QuantizerSpec(Int(4), PerChannel(), scale, StraightThrough())
-    for rows, num_loops in ((1024, 1), (8, 3)):
-        x = torch.randn(rows, 1024)
-        quantizer = ready(spec, x)
-        found, (code,) = run_and_get_code(torch.compile(quantizer, fullgraph=True), x)
-        assert torch.equal(found, quantizer(x)) or isinstance(scale, AbsMean)
-        assert code.count("for(int64_t x0=") == num_loops
+    quantizer = ready(QuantizerSpec(Int(4), PerChannel(), scale, StraightThrough()), x := torch.randn(1024, 1024))
+    found, (code,) = run_and_get_code(torch.compile(quantizer, fullgraph=True), x)
+    assert torch.equal(found, quantizer(x)) or isinstance(scale, AbsMean)  # a sum rounds, so that a level may differ
+    assert code.count("for(int64_t x0=") == 1
