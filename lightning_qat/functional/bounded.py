@@ -72,9 +72,9 @@ def tells_no_nan(step: Tensor, x: Tensor, floor: float) -> bool:
         x: the values.
         floor: the smallest step.
     """
-    if x.device.type != "cpu" or x.numel() < _LARGE or type(step) is not Tensor:
-        return False
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    if x.device.type != "cpu" or x.numel() < _LARGE or type(step) is not Tensor:
         return False
     return float(step.amin()) > 2 * floor
 

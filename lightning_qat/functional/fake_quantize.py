@@ -8,6 +8,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from lightning_qat.functional.application import applied, compiled_for_cpu, unaliased
 from lightning_qat.functional.bounded import attached_scale
@@ -99,7 +100,7 @@ class Setting:
             # What follows below, in fewer calls: after a product of matrices, each takes microseconds.
             u = torch.div(x, self.scale)
             return self._valued_(u if self.no_nan else torch.nan_to_num_(u), self.scale, None)
-        whole = x.numel() <= _PIECE or x.device.type != "cpu" or torch.compiler.is_compiling()
+        whole = torch.compiler.is_compiling() or x.numel() <= _PIECE or x.device.type != "cpu"
         if whole or x.dtype != self.scale.dtype:
             return narrow(self._valued_(self._units(x, self.scale), self.scale, self.zero_point), x.dtype)
         out = torch.empty_like(x)
@@ -149,7 +150,7 @@ class Setting:
         if not compiled_for_cpu(self.scale):
             return self
         scale, shape = self.scale.contiguous(), self.scale.shape
-        if x is not None and x.numel() >= _LARGE and scale.dtype == torch.float32:
+        if x is not None and statically_known_true(x.numel() >= _LARGE) and scale.dtype == torch.float32:
             scale = scale.view(torch.int32).to(torch.uint32).view(torch.float32)
         strides = [math.prod(shape[d + 1 :]) for d in range(len(shape))]  # stride() is unknown in a traced backward
         return self._scaled(scale.as_strided(shape, strides), self.parameter)
@@ -253,8 +254,9 @@ class Setting:
             yield (self if scale is self.scale else replace(self, scale=scale, zero_point=zero_point)), rows
 
     def _pieces(self, x: Tensor) -> Iterator[tuple[Any, Tensor, Tensor | None]]:
-        num_rows = max(1, _PIECE * x.shape[0] // max(1, x.numel())) if x.dim() else 1
-        if x.device.type != "cpu" or torch.compiler.is_compiling() or x.dim() == 0 or num_rows >= x.shape[0]:
+        whole = torch.compiler.is_compiling() or x.device.type != "cpu" or x.dim() == 0
+        num_rows = 1 if whole else max(1, _PIECE * x.shape[0] // max(1, x.numel()))
+        if whole or num_rows >= x.shape[0]:
             yield ..., self.scale, self.zero_point
             return
         split = self.scale.dim() == x.dim() and self.scale.shape[0] == x.shape[0]

@@ -55,7 +55,7 @@ def _default(device: str) -> str | None:
 
 def wanted(x: Tensor, least: int) -> bool:
     """Whether a compiled kernel is to compute on a tensor of at least so many elements."""
-    if x.numel() < least or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or x.numel() < least:  # in this order: a compiler may not know a size
         return False
     backend = _STATE["backend"]
     return backend is not None and (backend != _AUTO or (x.numel() >= _UNASKED and bool(_default(x.device.type))))

@@ -10,7 +10,7 @@ from lightning_qat.functional.points import Point
 
 def lsq_divisor(num_elements: int, num_scales: int, hi: Tensor | float) -> Tensor | float:
     r"""Return :math:`\sqrt{N hi}`, where N of the elements share a scale."""
-    sharing = max(1, num_elements // max(1, num_scales))  # an empty batch has a gradient of zero, not 0 / 0
+    sharing = torch.sym_max(1, num_elements // max(1, num_scales))  # an empty batch has a gradient of zero, not 0 / 0
     return torch.sqrt(sharing * hi) if isinstance(hi, Tensor) else _root(sharing, hi)
 
 

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true
 
 from lightning_qat.functional.application import compiled_for_cpu
 from lightning_qat.functional.bounded import finish_scale
@@ -72,15 +73,15 @@ class Sample:
         """Return the smallest and the largest value of each group."""
         if self.limits is not None:
             return self.limits
-        if self.values.numel() == 0:  # an empty batch: any scale will do
+        if guard_or_false(self.values.numel() == 0):  # an empty batch: any scale will do
             zero = self.values.sum(self.dims, keepdim=True)
             return zero, zero
         return self.values.amin(self.dims, keepdim=True), self.values.amax(self.dims, keepdim=True)
 
     def largest(self) -> Tensor:
         """Return the largest absolute value of each group, NaN where there is one."""
-        bare = self.limits is None and self.values.dtype == torch.float32 and self.values.numel() > 0
-        if bare and compiled_for_cpu(self.values):
+        bare = self.limits is None and self.values.dtype == torch.float32
+        if bare and compiled_for_cpu(self.values) and guard_or_true(self.values.numel() > 0):
             # Magnitudes have the order of their bits, NaN the last: integers need no look for NaN at each step.
             bits = self.values.view(torch.int32).bitwise_and(0x7FFFFFFF)
             return bits.amax(self.dims, keepdim=True).view(torch.float32)

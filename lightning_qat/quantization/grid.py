@@ -63,7 +63,7 @@ class Grid(ABC):
 
     def round_(self, u: Tensor) -> Tensor:
         """Round in place; levels beyond the bounds may come of it, or not: all who round clamp."""
-        return round_uniform_(u, self.offset) if self.offset else u.round_()
+        return u.round_()
 
     def border_distance(self, u: Tensor) -> Tensor:
         """Return the signed distance of u to the border inside its cell, within -half_cell..half_cell."""
@@ -196,9 +196,12 @@ class Ternary(Grid):
     """
 
     threshold: float = 0.5
+    _rounds: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_number("Ternary: threshold", self.threshold, "a value in (0, 1) such as 0.5", holds=lambda t: 0 < t < 1)
+        # torch.compile(dynamic=True) has variables in the place of numbers, and fails on one that two layers share.
+        object.__setattr__(self, "_rounds", self.threshold == 0.5)
 
     @property
     @override
@@ -212,7 +215,7 @@ class Ternary(Grid):
 
     @override
     def round_(self, u: Tensor) -> Tensor:
-        return u.round_() if self.threshold == 0.5 else round_ternary_(u, self.threshold)
+        return u.round_() if self._rounds else round_ternary_(u, self.threshold)
 
     @override
     def border_distance(self, u: Tensor) -> Tensor:
@@ -264,6 +267,10 @@ class HalfInt(Grid):
     @override
     def label(self) -> str:
         return f"halfint{self.bits}"
+
+    @override
+    def round_(self, u: Tensor) -> Tensor:
+        return round_uniform_(u, 0.5)  # the offset as a literal, for the reason that Ternary has
 
     @override
     def encode(self) -> tuple[float, float, float]:

@@ -4,6 +4,7 @@ The backend splits the step as the default one does, but runs the parts without 
 """
 
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import pytest
 import torch
@@ -13,11 +14,13 @@ from torch._dynamo.backends.common import aot_autograd
 
 from lightning_qat import (
     AbsMax,
+    Clipped,
     FakeQuantizer,
     Int,
     LayerSpec,
     Learned,
     PerChannel,
+    PerToken,
     QuantizerSpec,
     Recipe,
     Rule,
@@ -89,6 +92,39 @@ def test_no_tokens() -> None:
     torch.compile(model, fullgraph=True, backend="aot_eager_decomp_partition")(x).sum().backward()
     assert x.grad is not None
     assert not any(parameter.grad.any() for parameter in model.parameters())
+
+
+TOKENS = LayerSpec(
+    QuantizerSpec(Int(4), PerChannel(), AbsMax(), Clipped()),
+    QuantizerSpec(Int(8, symmetric=False), PerToken(), AbsMax()),
+)
+
+
+CASES = {name: named.named(name) for name in named.names()} | {"asymmetric": Recipe((Rule("*", TOKENS),))}
+
+
+@pytest.mark.parametrize(
+    ("name", "arithmetic"),
+    [*((name, "simulated") for name in CASES), ("w8a8", "integer"), ("bitnet", "integer"), ("asymmetric", "integer")],
+)
+def test_as_many_tokens_as_the_data_say(name: str, arithmetic: Literal["simulated", "integer"]) -> None:
+    """One graph for all counts, which the compiler cannot know where a router chooses the tokens, as experts do."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 40), nn.ReLU(), nn.Linear(40, 8))
+    prepare(model, CASES[name], arithmetic=arithmetic)
+
+    def chosen(x: Tensor) -> Tensor:
+        found: Tensor = model(x[x[:, 0] > 0])
+        return found.square().mean()
+
+    compiled = torch.compile(chosen, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True, capture_dynamic_output_shape_ops=True):
+        for num_tokens in (6, 30, 2000):
+            x = torch.randn(num_tokens, 24)
+            found = torch.autograd.grad(compiled(x), list(model.parameters()))
+            expected = torch.autograd.grad(chosen(x), list(model.parameters()))
+            for one, other in zip(found, expected, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("channel_axis", [0, 1])

@@ -132,6 +132,17 @@ def test_rounding_that_sets_in_compiles_once_and_once_more_when_it_is_complete(s
         assert counter.num_graphs == (2 if softness is None else 1)
 
 
+@pytest.mark.parametrize("spec", INPUTS, ids=lambda spec: spec.label)
+def test_one_compilation_for_all_sizes(spec: QuantizerSpec) -> None:
+    """Also beyond those from which on eager mode, or a compiler that knows the size, goes another way."""
+    quantizer = ready(spec, torch.randn(4, 8))
+    compiled = torch.compile(quantizer, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for num_tokens in (3, 100, 1000, 3000):
+            x = torch.randn(num_tokens, 512)
+            assert torch.equal(compiled(x), quantizer(x))
+
+
 def test_another_family_compiles_once_more() -> None:
     x, counter = torch.randn(4, 8), Counter()
     quantizer = ready(QuantizerSpec(Int(8), scale=AbsMean()), x)
