@@ -3,11 +3,11 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from lightning_qat.functional.application import compiled_for_cpu
 from lightning_qat.functional.bounded import finish_scale
@@ -73,15 +73,19 @@ class Sample:
         """Return the smallest and the largest value of each group."""
         if self.limits is not None:
             return self.limits
-        if guard_or_false(self.values.numel() == 0):  # an empty batch: any scale will do
+        if self._empty():  # any scale will do
             zero = self.values.sum(self.dims, keepdim=True)
             return zero, zero
         return self.values.amin(self.dims, keepdim=True), self.values.amax(self.dims, keepdim=True)
 
+    def _empty(self) -> bool:
+        empty: Any = self.values.numel() == 0  # of a compiler it may be an expression, of torch.jit.trace a tensor
+        return guard_or_false(empty) if torch.compiler.is_compiling() else bool(empty)
+
     def largest(self) -> Tensor:
         """Return the largest absolute value of each group, NaN where there is one."""
         bare = self.limits is None and self.values.dtype == torch.float32
-        if bare and compiled_for_cpu(self.values) and guard_or_true(self.values.numel() > 0):
+        if bare and compiled_for_cpu(self.values) and not self._empty():
             # Magnitudes have the order of their bits, NaN the last: integers need no look for NaN at each step.
             bits = self.values.view(torch.int32).bitwise_and(0x7FFFFFFF)
             return bits.amax(self.dims, keepdim=True).view(torch.float32)

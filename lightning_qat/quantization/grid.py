@@ -63,7 +63,7 @@ class Grid(ABC):
 
     def round_(self, u: Tensor) -> Tensor:
         """Round in place; levels beyond the bounds may come of it, or not: all who round clamp."""
-        return u.round_()
+        return u.round_() if self.has_zero else round_uniform_(u, 0.5)  # a literal: see Ternary
 
     def border_distance(self, u: Tensor) -> Tensor:
         """Return the signed distance of u to the border inside its cell, within -half_cell..half_cell."""
@@ -96,7 +96,6 @@ class Int(Grid):
     | bits | levels         | narrow=True  |
     |------|----------------|--------------|
     | 2    | -2 .. 1        | -1 .. 1      |
-    | 3    | -4 .. 3        | -3 .. 3      |
     | 4    | -8 .. 7        | -7 .. 7      |
     | 8    | -128 .. 127    | -127 .. 127  |
 
@@ -238,7 +237,6 @@ class HalfInt(Grid):
     | bits | levels                 |
     |------|------------------------|
     | 2    | -1.5 -0.5 0.5 1.5      |
-    | 3    | -3.5 .. 3.5            |
     | 4    | -7.5 .. 7.5            |
     | 8    | -127.5 .. 127.5        |
 
@@ -267,10 +265,6 @@ class HalfInt(Grid):
     @override
     def label(self) -> str:
         return f"halfint{self.bits}"
-
-    @override
-    def round_(self, u: Tensor) -> Tensor:
-        return round_uniform_(u, 0.5)  # the offset as a literal, for the reason that Ternary has
 
     @override
     def encode(self) -> tuple[float, float, float]:
@@ -336,10 +330,8 @@ def decode_grid(values: tuple[float, float, float]) -> Grid:
         return Binary()
     if family == 2:  # stored in float32: give back the decimal that was typed
         return Ternary(round(parameter, 6))
-    if family == 3:
-        return HalfInt(bits)
-    if family == 4:
-        return Pi(bits, int(parameter))
+    if family in (3, 4):
+        return HalfInt(bits) if family == 3 else Pi(bits, int(parameter))
     raise ValueError(f"grid family {family} is unknown; this version knows 0 (Int) to 4 (Pi)")
 
 
